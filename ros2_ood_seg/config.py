@@ -1,0 +1,332 @@
+"""One typed tree of settings. Profiles (``config/*.yaml``), command-line overrides and ROS parameters all fill it.
+
+Every leaf is a bool, int, float or str with a description and, where it makes sense, a range or a set of choices, so that it
+maps one to one to a ROS parameter (``prompts.points.count``) and to ``--set prompts.points.count=100``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import annotated_types
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from ros2_ood_seg.errors import InputError
+
+Leaf = bool | int | float | str
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class ScorerConfig(_Settings):
+    """Image to score map."""
+
+    name: str = Field("compact", description="Registered scorer: the network, or 'external' for a map that comes from elsewhere")
+    score: Literal["default", "msp", "entropy", "energy", "max_logit", "outlier"] = Field(
+        "default", description="Score function on the network's outputs; 'default' is the one the weights were trained and calibrated for"
+    )
+    temperature: float = Field(1.0, gt=0.0, le=1000.0, description="T of the energy score -T*logsumexp(f/T) (S2M Eq. 2)")
+    weights: str = Field("", description="Weights file, or a name of the manifest; empty takes the scorer's own")
+    input_width: int = Field(
+        1024,
+        ge=64,
+        le=8192,
+        description="Images are resized to this width (px) before the network, keeping their shape; 0-padding to its stride",
+    )
+    smoothing_px: int = Field(
+        0, ge=0, le=63, description="Odd kernel size of a Gaussian blur of the score map, 0 for none (PEBAL and RPL: 7, sigma 1)"
+    )
+    external_low: float = Field(0.0, description="Scorer 'external': the raw value that is calibrated to 0")
+    external_high: float = Field(1.0, description="Scorer 'external': the raw value that is calibrated to 1")
+
+
+class BoxPromptsConfig(_Settings):
+    """Score map to boxes (S2M)."""
+
+    method: str = Field("none", description="Registered box prompt generator, or 'none'")
+    threshold: float = Field(0.5, ge=0.0, le=1.0, description="components: calibrated score above which a pixel belongs to a component")
+    min_area_px: int = Field(50, ge=1, le=10_000_000, description="components: smaller ones are dropped, px of the input image")
+    margin: float = Field(0.0, ge=0.0, le=1.0, description="Boxes are widened on each side by this fraction of their size")
+    max_boxes: int = Field(100, ge=1, le=1000, description="Only the most confident boxes are kept (detectron2: 100)")
+    min_confidence: float = Field(0.05, ge=0.0, le=1.0, description="Less confident boxes are dropped (S2M: 0.05)")
+    weights: str = Field("", description="faster_rcnn: weights file or manifest name; empty takes the bundled one")
+
+
+class PointPromptsConfig(_Settings):
+    """Score map to points (UGainS)."""
+
+    method: str = Field("none", description="Registered point prompt generator, or 'none'")
+    threshold: float = Field(0.5, ge=0.0, le=1.0, description="Calibrated score from which a pixel is a candidate")
+    use_raw_threshold: bool = Field(False, description="Compare raw scores with raw_threshold instead of calibrated ones with threshold")
+    raw_threshold: float = Field(-0.15, description="Raw score from which a pixel is a candidate (UGainS on RbA: -0.15)")
+    count: int = Field(50, ge=1, le=1024, description="Points sampled per frame (UGainS: 50)")
+    min_candidates: int = Field(1, ge=1, le=10_000_000, description="With fewer candidate pixels there are no points at all")
+    seed: int = Field(0, ge=0, description="Seed of the random and k-means samplers; every frame starts from it")
+
+
+class PromptsConfig(_Settings):
+    """Score map to prompts; both kinds may be on (hybrid)."""
+
+    boxes: BoxPromptsConfig = BoxPromptsConfig()
+    points: PointPromptsConfig = PointPromptsConfig()
+
+
+class SegmenterConfig(_Settings):
+    """Image and prompts to masks."""
+
+    name: str = Field("grabcut", description="Registered promptable segmenter")
+    model: Literal["vit_b", "vit_l", "vit_h"] = Field("vit_b", description="sam: image encoder size (S2M: vit_b, UGainS: vit_h)")
+    weights: str = Field("", description="Weights file or manifest name; empty takes the segmenter's own")
+    batch_size: int = Field(64, ge=1, le=1024, description="Prompts per decoder call; a frame with more takes several calls")
+    encoder_width: int = Field(
+        0, ge=0, le=8192, description="sam: shrink the image to this width before the encoder (UGainS: 1024), 0 for the full image"
+    )
+    iterations: int = Field(2, ge=1, le=20, description="grabcut: iterations of the graph cut")
+    working_px: int = Field(
+        128, ge=32, le=1024, description="grabcut: longest side of the window that is cut, px; larger boxes are shrunk to it"
+    )
+    point_radius: float = Field(
+        0.08, gt=0.0, le=0.5, description="grabcut: a point prompt looks at a window of this half-size, as a fraction of the image height"
+    )
+
+
+class FusionConfig(_Settings):
+    """Masks and scores to instances and a refined score map."""
+
+    name: str = Field("ugains", description="Registered fusion: 's2m', 'ugains' or 'hybrid'")
+    nms_iou: float = Field(0.7, gt=0.0, le=1.0, description="A mask is dropped when its IoU with a better one is above this (UGainS: 0.7)")
+    compat: Literal["paper", "code"] = Field(
+        "paper", description="s2m: overlaps take the lowest confidence ('paper') or the last mask in detector order ('code')"
+    )
+    merge_overlap: float = Field(
+        0.5, gt=0.0, le=1.0, description="s2m: masks whose overlap covers this fraction of the smaller one become one instance"
+    )
+    floor: Literal["calibration", "value"] = Field(
+        "calibration", description="ugains: what pixels outside all masks add to the ensemble: the calibrated-zero score, or floor_value"
+    )
+    floor_value: float = Field(-1.0, description="ugains: see floor (UGainS on RbA: -1)")
+    ignore_overlap_px: int = Field(
+        100, ge=1, le=10_000_000, description="ugains: a mask with this many pixels on the ignore mask is dropped"
+    )
+    min_area_px: int = Field(1, ge=1, le=10_000_000, description="Smaller instances are dropped, px of the input image")
+    min_score: float = Field(0.0, ge=0.0, le=1.0, description="Instances with a lower calibrated score are dropped")
+
+
+class TrackingConfig(_Settings):
+    """Instances over time."""
+
+    enabled: bool = Field(False, description="Give instances of consecutive frames a common track_id")
+    iou: float = Field(0.2, gt=0.0, le=1.0, description="Least box IoU of an instance with its track")
+    max_age: int = Field(5, ge=0, le=1000, description="Frames a track survives without being seen")
+
+
+class RuntimeConfig(_Settings):
+    """Where and how the networks run."""
+
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="'auto' (CUDA when there is one), 'cpu', 'cuda' or 'cuda:N'"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="'auto': bfloat16 autocast on GPUs that have it, float32 otherwise"
+    )
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the networks, 0 leaves torch's choice")
+    ignore_mask: str = Field(
+        "", description="PNG of the camera image's size, non-zero where nothing is to be found (ego hood, rectification border)"
+    )
+    weights_dir: str = Field("", description="Folder of further weights, searched after the package's own and before OOD_SEG_WEIGHTS")
+
+
+class PipelineConfig(_Settings):
+    """Settings of the whole pipeline, in the order of the data flow."""
+
+    profile: str = Field("compact", description="Name of the profile these settings started from")
+    scorer: ScorerConfig = ScorerConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    segmenter: SegmenterConfig = SegmenterConfig()
+    fusion: FusionConfig = FusionConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One leaf of the tree, described for ROS parameters, ``--help`` and the docs.
+
+    Args:
+        name: Dotted path, ``prompts.points.count``.
+        kind: bool, int, float or str.
+        value: Current value.
+        description: One line.
+        low: Least allowed value, None when unbounded.
+        high: Greatest allowed value, None when unbounded.
+        choices: Allowed strings; empty when any.
+    """
+
+    name: str
+    kind: type[Leaf]
+    value: Leaf
+    description: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+
+def _leaf(name: str, info: FieldInfo, value: Leaf) -> Setting:
+    low: float | None = None
+    high: float | None = None
+    for rule in info.metadata:
+        if isinstance(rule, annotated_types.Ge | annotated_types.Gt):
+            bound = rule.ge if isinstance(rule, annotated_types.Ge) else rule.gt
+            low = float(bound)  # type: ignore[arg-type]
+        elif isinstance(rule, annotated_types.Le | annotated_types.Lt):
+            bound = rule.le if isinstance(rule, annotated_types.Le) else rule.lt
+            high = float(bound)  # type: ignore[arg-type]
+    choices = tuple(get_args(info.annotation)) if get_origin(info.annotation) is Literal else ()
+    kind: Any = str if choices else info.annotation
+    return Setting(name, kind, value, info.description or "", low, high, choices)
+
+
+def iter_settings(config: BaseModel, prefix: str = "") -> Iterator[Setting]:
+    """All leaves of a settings tree, depth first, in order of declaration."""
+    for key, info in type(config).model_fields.items():
+        value = getattr(config, key)
+        if isinstance(value, BaseModel):
+            yield from iter_settings(value, f"{prefix}{key}.")
+        else:
+            yield _leaf(prefix + key, info, value)
+
+
+def profile_dirs() -> tuple[Path, ...]:
+    """Folders that may hold bundled profiles: beside the installed module, then the source tree's ``config/``."""
+    package = Path(__file__).resolve().parent
+    return package / "profiles", package.parent / "config"
+
+
+def profile_names() -> tuple[str, ...]:
+    """Names of the bundled profiles, sorted."""
+    return tuple(sorted({path.stem for folder in profile_dirs() if folder.is_dir() for path in folder.glob("*.yaml")}))
+
+
+def load_profile(profile: str | Path, overrides: Mapping[str, Any] | None = None) -> PipelineConfig:
+    """Reads a profile and applies overrides.
+
+    Args:
+        profile: Name of a bundled profile (``compact``) or path of a YAML file. A file may start with
+            ``extends: NAME`` and then holds only what differs.
+        overrides: Dotted name to value, ``{"prompts.points.count": 100}``; strings are parsed as the setting's type.
+
+    Raises:
+        InputError: Unknown profile, unreadable YAML, unknown key or a value out of range; names the key and what is allowed.
+    """
+    name = str(profile)
+    tree = _read_profile(name, ())
+    known = {s.name: s for s in iter_settings(PipelineConfig())}
+    for key, value in (overrides or {}).items():
+        if key not in known:
+            raise InputError(f"unknown setting '{key}': {_closest(key, known)}")
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    tree["profile"] = Path(name).stem
+    return build_config(tree, f"profile '{name}'")
+
+
+def build_config(tree: Mapping[str, Any], source: str) -> PipelineConfig:
+    """Validates a nested mapping; ``source`` names it in errors.
+
+    Raises:
+        InputError: An unknown key or a value of wrong type or out of range.
+    """
+    try:
+        return PipelineConfig.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    known = {s.name: s for s in iter_settings(PipelineConfig())}
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown setting '{key}': {_closest(key, known)}")
+            continue
+        allowed = describe_allowed(known[key]) if key in known else "a group of settings"
+        lines.append(f"'{key}' is {item['input']!r}, allowed: {allowed}")
+    return "; ".join(lines)
+
+
+def describe_allowed(setting: Setting) -> str:
+    """What values a setting takes, in words."""
+    if setting.choices:
+        return "one of " + ", ".join(setting.choices)
+    kind = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}[setting.kind.__name__]
+    if setting.low is not None and setting.high is not None:
+        return f"{kind} from {setting.low:g} to {setting.high:g}"
+    if setting.low is not None:
+        return f"{kind} from {setting.low:g}"
+    return f"{kind} (auto, cpu, cuda, cuda:N)" if setting.name == "runtime.device" else kind
+
+
+def _closest(key: str, known: Mapping[str, Setting]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(near) + "?"
+    group = key.rsplit(".", 1)[0] + "."
+    members = [name for name in known if name.startswith(group)] or sorted({name.split(".")[0] for name in known})
+    return "known are " + ", ".join(members)
+
+
+def _read_profile(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    if name in seen:
+        raise InputError(f"profile '{name}' extends itself: {' -> '.join((*seen, name))}")
+    path = _find_profile(name)
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"profile '{path}' cannot be read: {' '.join(str(error).split())}") from error
+    loaded = {} if loaded is None else loaded
+    if not isinstance(loaded, dict):
+        raise InputError(f"profile '{path}' must be a mapping of settings, got {type(loaded).__name__}")
+    parent = loaded.pop("extends", None)
+    base = _read_profile(str(parent), (*seen, name)) if parent is not None else {}
+    return _merge(base, loaded)
+
+
+def _find_profile(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"profile file '{name}' does not exist; bundled profiles: {', '.join(profile_names())}")
+        return path
+    for folder in profile_dirs():
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    raise InputError(f"unknown profile '{name}': use one of {', '.join(profile_names())}, or the path of a YAML file")
+
+
+def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in update.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def format_value(value: Leaf) -> str:
+    """A setting's value as YAML would write it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(yaml.safe_dump(value)).strip().removesuffix("...").strip()

@@ -1,0 +1,15 @@
+"""The errors that a caller can cause, and so can mend."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something that came from outside cannot be used: an image, a file, a setting.
+
+    The message is one line that names the value and what is allowed. The command line prints it and exits with 2;
+    the node logs it, counts the frame and goes on.
+    """
+
+
+class WeightsError(InputError):
+    """A weights file is missing, damaged or of another model; the message says what was expected and where to get it."""

@@ -1,0 +1,30 @@
+"""What a scorer is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ros2_ood_seg.types import ScoreMap
+
+
+class Scorer(Protocol):
+    """Turns an image into a per-pixel anomaly score."""
+
+    name: str
+
+    def __call__(self, image: Tensor, external: Tensor | None = None) -> ScoreMap:
+        """Scores one image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB on the runtime's device.
+            external: (h, w) float32 score map from elsewhere; only the scorer ``external`` takes one.
+
+        Returns:
+            Scores in the image's pixels, on the image's device.
+
+        Raises:
+            InputError: The scores are not finite, or ``external`` is missing or of another shape.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Procedural road scenes with exact labels, for tests and the demo."""

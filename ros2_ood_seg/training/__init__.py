@@ -1,0 +1,1 @@
+"""Outlier exposure and the training of scorer, prompt generator and compact segmenter."""

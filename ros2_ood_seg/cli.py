@@ -1,0 +1,63 @@
+"""The ``ood-seg`` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ros2_ood_seg import __version__
+from ros2_ood_seg.errors import InputError
+
+# Command to the module whose register(subparsers) adds it; only the chosen one is imported, so --help is instant.
+COMMANDS = {
+    "segment": ("ros2_ood_seg.segment", "find anomalies in images, folders, videos and bags"),
+    "evaluate": ("ros2_ood_seg.evaluation.cli", "measure a profile on a data set or a labelled bag"),
+    "compare": ("ros2_ood_seg.evaluation.cli", "compare evaluation reports"),
+    "train": ("ros2_ood_seg.training.cli", "train scorer, prompt generator or segmenter"),
+    "calibrate": ("ros2_ood_seg.training.cli", "calibrate a scorer on in-distribution frames"),
+    "weights": ("ros2_ood_seg.weights.manifest", "list, download or verify weights files"),
+    "bench": ("ros2_ood_seg.bench", "measure speed"),
+    "settings": ("ros2_ood_seg.settings_command", "show profiles and every setting with its range"),
+}
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The argument parser.
+
+    Args:
+        command: The sub-command whose module is loaded; the others are only named.
+    """
+    parser = argparse.ArgumentParser(prog="ood-seg", description="Finds what a vehicle's segmentation network was never trained on.")
+    parser.add_argument("--version", action="version", version=f"ros2_ood_seg {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = COMMANDS[command][0] if command in COMMANDS else None
+    for name, (module, text) in COMMANDS.items():
+        if module != chosen:
+            subparsers.add_parser(name, help=text)
+    if chosen is not None:
+        importlib.import_module(chosen).register(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        0 on success, 2 when the input cannot be used, 130 after an interrupt.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    args = build_parser(command).parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except InputError as error:
+        print(f"ood-seg: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

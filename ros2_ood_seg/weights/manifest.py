@@ -1,0 +1,167 @@
+"""The list of known weights files, and ``ood-seg weights``."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from tqdm import tqdm
+
+from ros2_ood_seg.errors import InputError, WeightsError
+from ros2_ood_seg.weights.store import BUNDLED_DIR, find_weights
+
+_CHUNK = 1 << 20
+
+
+class ManifestEntry(BaseModel):
+    """One known weights file.
+
+    Args:
+        name: What settings call it.
+        page: Where its publisher describes it.
+        licence: SPDX name, or the terms in words.
+        url: Direct address, empty where there is none.
+        bytes: Size, 0 when unknown.
+        sha256: Checksum, empty where nobody published it.
+        profiles: Bundled profiles that use it.
+        bundled: It comes with the package.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    page: str
+    licence: str
+    url: str = ""
+    bytes: int = 0
+    sha256: str = ""
+    profiles: tuple[str, ...] = ()
+    bundled: bool = False
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file on disk."""
+        return f"{self.name}.safetensors" if self.bundled else self.url.rsplit("/", 1)[-1] or self.name
+
+
+def read_manifest(path: Path = BUNDLED_DIR / "manifest.yaml") -> dict[str, ManifestEntry]:
+    """All known weights by name.
+
+    Raises:
+        InputError: The manifest is damaged.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return {name: ManifestEntry(name=name, **values) for name, values in loaded.items()}
+    except (OSError, yaml.YAMLError, ValidationError, AttributeError, TypeError) as error:
+        raise InputError(f"weights manifest '{path}' cannot be read: {' '.join(str(error).split())}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, as lower-case hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify(entry: ManifestEntry, path: Path) -> None:
+    """Compares a file with its manifest entry.
+
+    Raises:
+        WeightsError: Another size or checksum than the publisher's.
+    """
+    size = path.stat().st_size
+    if entry.bytes and size != entry.bytes:
+        raise WeightsError(f"'{path}' has {size} bytes, {entry.name} has {entry.bytes}: it is truncated or another file")
+    if entry.sha256 and (found := sha256_of(path)) != entry.sha256:
+        raise WeightsError(f"'{path}' has sha256 {found}, {entry.name} has {entry.sha256}: it is damaged or another file")
+
+
+def download(entry: ManifestEntry, folder: Path) -> Path:
+    """Fetches one file, checks it, and only then gives it its name.
+
+    Raises:
+        WeightsError: No direct address, the address does not answer, or the checksum differs.
+    """
+    if not entry.url:
+        raise WeightsError(f"{entry.name} has no direct address: get it from {entry.page} and put it into {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / entry.file_name
+    partial = target.with_suffix(target.suffix + ".partial")
+    try:
+        with urllib.request.urlopen(entry.url) as response, partial.open("wb") as file:
+            total = int(response.headers.get("Content-Length", 0)) or None
+            with tqdm.wrapattr(response, "read", total=total, desc=entry.name) as reader:
+                shutil.copyfileobj(reader, file, _CHUNK)
+    except (OSError, urllib.error.URLError, ValueError) as error:
+        partial.unlink(missing_ok=True)
+        raise WeightsError(f"{entry.url} cannot be downloaded ({error}): get it from {entry.page} and put it into {folder}") from error
+    try:
+        verify(entry, partial)
+    except WeightsError:
+        partial.unlink()
+        raise
+    partial.replace(target)
+    return target
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``ood-seg weights {list,download,verify}``."""
+    parser = subparsers.add_parser("weights", help="list, download or verify weights files")
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name, text in (
+        ("list", "known weights and which are present"),
+        ("download", "fetch and check"),
+        ("verify", "compare with the manifest"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("--weights-dir", type=Path, default=None, help="folder of further weights")
+        if name != "list":
+            action.add_argument("names", nargs="*" if name == "verify" else "+", help="names from 'ood-seg weights list'")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    manifest = read_manifest()
+    if args.action == "list":
+        for entry in manifest.values():
+            path = _present(entry, args.weights_dir)
+            size = entry.bytes or (path.stat().st_size if path else 0)
+            megabytes = f"{size / 1e6:.0f} MB" if size else "-"
+            print(f"{'present' if path else 'missing':8} {entry.name:32} {megabytes:>8}  {entry.licence:12} {path or entry.page}")
+        return 0
+    for name in args.names:
+        if name not in manifest:
+            raise InputError(f"unknown weights '{name}': use one of {', '.join(manifest)}")
+    if args.action == "download":
+        folder = args.weights_dir or Path.home() / ".cache" / "ros2_ood_seg" / "weights"
+        for name in args.names:
+            print(f"{name}: {download(manifest[name], folder)}")
+        print(f"use them with --weights-dir {folder}")
+        return 0
+    checked = 0
+    for entry in manifest.values():
+        if args.names and entry.name not in args.names:
+            continue
+        path = find_weights(entry.name, args.weights_dir) if args.names else _present(entry, args.weights_dir)
+        if path is not None:
+            verify(entry, path)
+            print(f"{entry.name}: {'matches' if entry.sha256 else 'has no published checksum, size'} {path}")
+            checked += 1
+    print(f"{checked} files verified")
+    return 0
+
+
+def _present(entry: ManifestEntry, weights_dir: Path | None) -> Path | None:
+    try:
+        return find_weights(entry.name, weights_dir)
+    except WeightsError:
+        return None

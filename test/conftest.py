@@ -1,0 +1,17 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder with real images and labels beside the checkout."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("real images are not here: no folder ../shared/data beside the checkout")
+    return SHARED

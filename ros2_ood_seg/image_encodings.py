@@ -112,10 +112,7 @@ def decode_image(encoding: str, height: int, width: int, step: int, is_bigendian
     rows = height * layout.half_rows // 2
     pixels = _view(encoding, height, width, step, is_bigendian, data, layout.dtype, layout.channels, rows)
     # OpenCV misreads 16-bit rows of odd step, so it only gets dense ones; without it, the message's memory is not ours to keep.
-    if layout.conversion is None:
-        pixels = pixels.copy()
-    else:
-        pixels = cv2.cvtColor(np.ascontiguousarray(pixels), layout.conversion)
+    pixels = pixels.copy() if layout.conversion is None else cv2.cvtColor(np.ascontiguousarray(pixels), layout.conversion)
     if pixels.dtype != np.uint8:
         pixels = cv2.convertScaleAbs(pixels, alpha=255.0 / 65535.0)
     return pixels

@@ -56,7 +56,19 @@ class BoxPromptsConfig(_Settings):
     margin: float = Field(0.0, ge=0.0, le=1.0, description="Boxes are widened on each side by this fraction of their size")
     max_boxes: int = Field(100, ge=1, le=1000, description="Only the most confident boxes are kept (detectron2: 100)")
     min_confidence: float = Field(0.05, ge=0.0, le=1.0, description="Less confident boxes are dropped (S2M: 0.05)")
-    weights: str = Field("", description="faster_rcnn: weights file or manifest name; empty takes the bundled one")
+    weights: str = Field("", description="faster_rcnn, compact_rcnn: weights file or manifest name; empty takes the method's own")
+    input_mode: Literal["auto", "raw", "calibrated"] = Field(
+        "auto", description="faster_rcnn, compact_rcnn: scores fed to the detector; 'auto' is what its weights were trained on"
+    )
+    input_width: int = Field(
+        0,
+        ge=0,
+        le=8192,
+        description="faster_rcnn, compact_rcnn: score maps are resized to this width (px), 0 for what the weights were trained on",
+    )
+    tiles: int = Field(
+        1, ge=1, le=4, description="faster_rcnn, compact_rcnn: look again at N x N overlapping tiles, enlarged, for small and far objects"
+    )
 
 
 class PointPromptsConfig(_Settings):

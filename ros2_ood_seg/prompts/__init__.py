@@ -6,6 +6,8 @@ BOX_PROMPTS = Registry(
     "box prompt generator",
     {
         "components": "ros2_ood_seg.prompts.components:build",
+        "faster_rcnn": "ros2_ood_seg.prompts.faster_rcnn:build",
+        "compact_rcnn": "ros2_ood_seg.prompts.faster_rcnn:build_compact",
     },
 )
 """Factories ``build(config: BoxPromptsConfig, runtime: Runtime) -> PromptGenerator``."""

@@ -1,0 +1,1 @@
+"""Detectors that find boxes in score maps."""

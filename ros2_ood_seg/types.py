@@ -331,9 +331,11 @@ def boxes_from_masks(masks: Tensor) -> tuple[Tensor, Tensor]:
     count, height, width = masks.shape
     if count == 0:
         return masks.new_zeros((0, 4), dtype=torch.float32), masks.new_zeros((0,), dtype=torch.int64)
-    columns = masks.any(dim=1)
-    rows = masks.any(dim=2)
-    area = masks.sum(dim=(1, 2))
+    # Reductions of bytes and NumPy's count are several times faster on the CPU than those of bools.
+    columns = masks.view(torch.uint8).amax(dim=1)
+    rows = masks.view(torch.uint8).amax(dim=2)
+    on_cpu = masks.device.type == "cpu"
+    area = torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()]) if on_cpu else masks.sum(dim=(1, 2))
     x_min = columns.int().argmax(dim=1)
     y_min = rows.int().argmax(dim=1)
     x_max = width - columns.flip(1).int().argmax(dim=1)
@@ -343,16 +345,20 @@ def boxes_from_masks(masks: Tensor) -> tuple[Tensor, Tensor]:
     return boxes, area
 
 
-def label_image(masks: Tensor) -> Tensor:
+def label_image(masks: Tensor, boxes_xyxy: Tensor | None = None) -> Tensor:
     """One label per pixel from ranked masks.
 
     Args:
         masks: (N, H, W) bool, best first, N <= 65534.
+        boxes_xyxy: (N, 4) px around the masks, to look at these pixels only; None looks at all.
 
     Returns:
         (H, W) int32: 0 background, k = the k-th mask (1-based); where masks overlap, the best one.
     """
-    labels = torch.zeros(masks.shape[1:], dtype=torch.int32, device=masks.device)
-    for k in range(masks.shape[0] - 1, -1, -1):
-        labels[masks[k]] = k + 1
+    height, width = masks.shape[1:]
+    labels = torch.zeros((height, width), dtype=torch.int32, device=masks.device)
+    boxes = [(0, 0, width, height)] * len(masks) if boxes_xyxy is None else boxes_xyxy.int().tolist()
+    for k in range(len(masks) - 1, -1, -1):
+        x_min, y_min, x_max, y_max = boxes[k]
+        labels[y_min:y_max, x_min:x_max].masked_fill_(masks[k, y_min:y_max, x_min:x_max], k + 1)
     return labels

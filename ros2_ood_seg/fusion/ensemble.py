@@ -1,0 +1,51 @@
+"""The refined score map of UGainS: instance scores added to the pixel scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ros2_ood_seg.config import FusionConfig
+from ros2_ood_seg.fusion.overlaps import add_inside
+from ros2_ood_seg.types import ScoreMap
+
+
+def ensemble(
+    config: FusionConfig,
+    score_map: ScoreMap,
+    masks: Tensor,
+    values: Tensor,
+    boxes_xyxy: list[tuple[int, int, int, int]],
+    ignore: Tensor | None,
+) -> Tensor:
+    """``A + U`` with ``A(x)`` the sum over masks that contain x (UGainS section 3.3, kumuji/ugains ``sam_sampling.py``).
+
+    With ``floor: value``, as published: masks add their score, and pixels where A is 0 get ``floor_value``. Published scores are
+    negative, so overlapping masks lower the sum, and the value is right for one scorer only. With ``floor: calibration`` masks add
+    ``max(0, score - zero)``, where ``zero`` is the raw score whose calibrated value is ``floor_unit``, and pixels outside add 0:
+    no mask lowers a pixel, more evidence never counts less, and it holds for any scorer. Ignored pixels get the scorer's lowest
+    calibrated raw score and no instance score.
+
+    Args:
+        config: Floor settings.
+        score_map: The scorer's map, U.
+        masks: (N, H, W) bool, kept masks.
+        values: (N,) float32 their scores in the scorer's range.
+        boxes_xyxy: N boxes that hold the masks.
+        ignore: (H, W) bool or None.
+
+    Returns:
+        (H, W) float32.
+    """
+    calibration = score_map.calibration
+    relative = config.floor == "calibration"
+    added = values.sub(calibration.to_raw(config.floor_unit)).clamp_(min=0.0) if relative else values
+    total = torch.zeros_like(score_map.scores)
+    add_inside(total, masks, added, boxes_xyxy)
+    scores = score_map.scores
+    if ignore is not None:
+        total.masked_fill_(ignore, 0.0)
+        scores = scores.masked_fill(ignore, calibration.raw[0])
+    if not relative:
+        total.masked_fill_(total == 0.0, config.floor_value)
+    return total.add_(scores)

@@ -1,0 +1,53 @@
+"""S2M's boxes and UGainS's points together: one NMS over both, one score scale, one refined map."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ros2_ood_seg.config import FusionConfig
+from ros2_ood_seg.fusion.ensemble import ensemble
+from ros2_ood_seg.fusion.nms import greedy_nms
+from ros2_ood_seg.fusion.overlaps import measure_masks
+from ros2_ood_seg.runtime import Runtime
+from ros2_ood_seg.types import Calibration, Fused, Instances, Masks, Prompts, ScoreMap
+
+
+class HybridFusion:
+    """Ranks masks of both kinds of prompts by one score.
+
+    ``score = (1 - w) * m + w * max_b(confidence_b * IoU(mask, mask_b))`` with w = ``box_weight``, m the calibrated mean score inside
+    the mask, and b over all box prompts. A box's own mask counts with its full confidence, and a point's mask with that of a box that
+    found the same object, so that both kinds compete on one scale. The ensemble adds this score, mapped back to the scorer's range.
+    """
+
+    def __init__(self, config: FusionConfig) -> None:
+        self._config = config
+
+    def __call__(self, score_map: ScoreMap, prompts: Prompts, masks: Masks, ignore: Tensor | None = None) -> Fused:
+        """See :class:`ros2_ood_seg.fusion.base.Fusion`."""
+        config = self._config
+        calibration = score_map.calibration
+        measures = measure_masks(masks.masks, score_map.scores, ignore, empty_score=calibration.raw[0])
+        iou = measures.iou()
+        support = torch.zeros_like(measures.mean_score)
+        if prompts.num_boxes:
+            support = (iou[:, : prompts.num_boxes] * prompts.confidence).amax(dim=1).float()
+        scores = torch.lerp(calibration.to_unit(measures.mean_score), support, config.box_weight)
+        kept = greedy_nms(iou, scores, config.nms_iou)
+        kept = kept[measures.usable(config, scores)[kept]]
+        chosen = masks.masks[kept]
+        values = _to_raw(calibration, scores[kept])
+        refined = ensemble(config, score_map, chosen, values, [measures.boxes_xyxy[n] for n in kept.tolist()], ignore)
+        return Fused(Instances.from_masks(chosen, scores[kept], measures.mean_score[kept], masks.quality[kept]), refined)
+
+
+def _to_raw(calibration: Calibration, unit: Tensor) -> Tensor:
+    raw = np.interp(unit.cpu().numpy(), calibration.unit, calibration.raw)
+    return torch.from_numpy(raw.astype(np.float32)).to(unit.device)
+
+
+def build(config: FusionConfig, runtime: Runtime) -> HybridFusion:
+    """Factory for the registry."""
+    return HybridFusion(config)

@@ -1,0 +1,66 @@
+"""Stable numbers for instances over time, by box overlap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from ros2_ood_seg.config import TrackingConfig
+from ros2_ood_seg.types import Instances
+
+
+@dataclass(frozen=True)
+class _Track:
+    track_id: int
+    box_xyxy: Tensor
+    unseen_frames: int = 0
+
+
+class IoUTracker:
+    """Assigns instances to the tracks of earlier frames so that the sum of box IoUs is greatest.
+
+    An instance that overlaps no track enough starts a new one; a track unseen for more than ``max_age`` frames ends, and its
+    number is not used again until :meth:`reset`.
+    """
+
+    def __init__(self, config: TrackingConfig) -> None:
+        self._config = config
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all tracks; for when time jumps or the camera changes."""
+        self._tracks: list[_Track] = []
+        self._next_id = 1
+
+    def update(self, instances: Instances) -> Instances:
+        """Takes the next frame.
+
+        Args:
+            instances: Instances of the frame.
+
+        Returns:
+            The same instances with ``track_ids`` of 1 and more, unique in the frame.
+        """
+        boxes = instances.boxes_xyxy.cpu()
+        ids = [0] * len(instances)
+        seen = []
+        if self._tracks and len(instances):
+            iou = box_iou(torch.stack([track.box_xyxy for track in self._tracks]), boxes)
+            iou[iou < self._config.iou] = 0.0
+            for row, column in zip(*linear_sum_assignment(iou.numpy(), maximize=True), strict=True):
+                if iou[row, column] > 0:
+                    ids[column] = self._tracks[row].track_id
+                    seen.append(_Track(ids[column], boxes[column]))
+        found = {track.track_id for track in seen}
+        lost = [replace(track, unseen_frames=track.unseen_frames + 1) for track in self._tracks if track.track_id not in found]
+        for n, track_id in enumerate(ids):
+            if not track_id:
+                ids[n] = self._next_id
+                self._next_id += 1
+                seen.append(_Track(ids[n], boxes[n]))
+        self._tracks = seen + [track for track in lost if track.unseen_frames <= self._config.max_age]
+        return replace(instances, track_ids=torch.tensor(ids, dtype=torch.int64, device=instances.track_ids.device))

@@ -9,7 +9,7 @@ export DISTRO ?= jazzy
 
 env: build
 
-.venv/complete: requirements/runtime.txt requirements/dev.txt requirements/ros-$(DISTRO).txt tools/make_env.sh
+.venv/complete: requirements/runtime.txt requirements/extra.txt requirements/dev.txt requirements/ros-$(DISTRO).txt tools/make_env.sh
 	@tools/make_env.sh
 
 build: .venv/complete

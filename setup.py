@@ -7,11 +7,13 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r"<version>([^<]+)</version>", (ROOT / "package.xml").read_text(encoding="utf-8")).group(1)
-REQUIREMENTS = [
-    line.strip()
-    for line in (ROOT / "requirements" / "runtime.txt").read_text(encoding="utf-8").splitlines()
-    if line.strip() and not line.startswith("#")
-]
+
+
+def requirements(name):
+    """The lines of a requirement file."""
+    lines = (ROOT / "requirements" / name).read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
 
 setup(
     name="ros2_ood_seg",
@@ -28,6 +30,7 @@ setup(
         "ros2_ood_seg.profiles": ["*.yaml"],
         "ros2_ood_seg.interfaces": ["*.msg"],
     },
-    install_requires=REQUIREMENTS,
+    install_requires=requirements("runtime.txt"),
+    extras_require={"extra": requirements("extra.txt")},
     entry_points={"console_scripts": ["ood-seg = ros2_ood_seg.cli:main"]},
 )

@@ -16,7 +16,7 @@ CACHE=${OOD_SEG_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ros2_ood_seg}
   exit 2
 }
 
-files=(requirements/runtime.txt requirements/dev.txt)
+files=(requirements/runtime.txt requirements/extra.txt requirements/dev.txt)
 options=()
 if [[ -n ${ROS_DISTRO:-} ]] && command -v ros2 >/dev/null; then
   home="system-$ROS_DISTRO"

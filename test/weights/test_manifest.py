@@ -1,0 +1,67 @@
+"""``ood-seg weights``: a file is only called good when it is the publisher's."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ros2_ood_seg import cli
+from ros2_ood_seg.errors import WeightsError
+from ros2_ood_seg.weights.manifest import ManifestEntry, download, read_manifest, verify
+
+CONTENT = b"weights" * 1000
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A real HTTP server on this machine with one file."""
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "model.pth").write_bytes(CONTENT)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def entry(url: str, **fields: object) -> ManifestEntry:
+    values: dict[str, object] = {"name": "model", "page": "the publisher's page", "licence": "MIT", "url": url}
+    return ManifestEntry.model_validate({**values, **fields})
+
+
+def test_download_checks_before_it_names_the_file(server: str, tmp_path: Path) -> None:
+    good = entry(f"{server}/model.pth", sha256=hashlib.sha256(CONTENT).hexdigest(), bytes=len(CONTENT))
+    path = download(good, tmp_path / "weights")
+    assert path.read_bytes() == CONTENT
+    wrong = entry(f"{server}/model.pth", sha256="0" * 64)
+    with pytest.raises(WeightsError, match="sha256"):
+        download(wrong, tmp_path / "other")
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_dead_address_says_where_to_get_the_file(server: str, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="the publisher's page"):
+        download(entry(f"{server}/gone.pth"), tmp_path)
+    with pytest.raises(WeightsError, match="no direct address"):
+        download(entry(""), tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    path.write_bytes(CONTENT[:-1])
+    with pytest.raises(WeightsError, match="truncated"):
+        verify(entry("", bytes=len(CONTENT)), path)
+
+
+def test_list_shows_what_is_present_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["weights", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(read_manifest())
+    assert any(line.startswith("present") and "compact_scorer" in line for line in lines)

@@ -29,8 +29,8 @@ else
   exit 2
 fi
 
-# What the environment is made of: requirements, interpreter, this recipe.
-key=$(cat "${files[@]}" tools/make_env.sh <("$PYTHON" -c 'import sys; print(sys.version, sys.base_prefix)') | sha256sum | cut -c1-16)
+# What the environment is made of: requirements, interpreter, and the version of this recipe.
+key=$(cat "${files[@]}" <("$PYTHON" -c 'import sys; print("recipe 1", sys.version, sys.base_prefix)') | sha256sum | cut -c1-16)
 target="$CACHE/venv-$home-$key"
 mkdir -p "$CACHE"
 
@@ -41,7 +41,18 @@ if [[ ! -f $target/complete ]]; then
   [[ -x $target/bin/python ]] || "$PYTHON" -m venv "${options[@]}" "$target"
   arguments=()
   for file in "${files[@]}"; do arguments+=(-r "$file"); done
-  "$target/bin/python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
+  log="$target.log"
+  "$target/bin/python" -m pip install --disable-pip-version-check "${arguments[@]}" >"$log" 2>&1 &
+  installer=$!
+  while kill -0 "$installer" 2>/dev/null; do
+    sleep 15
+    echo "make env: $(grep -c '^ *Downloading\|^ *Using cached' "$log" || true) packages so far, $(du -sh "$target" | cut -f1) installed"
+  done
+  wait "$installer" || {
+    echo "make env: pip failed, the end of $log:" >&2
+    tail -n 30 "$log" >&2
+    exit 1
+  }
   if [[ $home == wheels-* ]]; then
     # The wheels' CMake files name the Python of the machine that built them.
     "$target/bin/python" tools/relocate_cmake.py

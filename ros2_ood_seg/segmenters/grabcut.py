@@ -103,7 +103,7 @@ class GrabCutSegmenter:
         cv2.setRNGSeed(0)
         model = np.zeros((2, 1, 65))
         cv2.grabCut(window, trimap, None, model[0], model[1], self._config.iterations, cv2.GC_INIT_WITH_MASK)
-        return (trimap == cv2.GC_FGD) | (trimap == cv2.GC_PR_FGD)
+        return np.isin(trimap, (cv2.GC_FGD, cv2.GC_PR_FGD))
 
 
 def _clip(rectangle: Rectangle, width: int, height: int) -> Rectangle:
@@ -112,7 +112,7 @@ def _clip(rectangle: Rectangle, width: int, height: int) -> Rectangle:
 
 
 def _enlarged(cut: NDArray[np.bool_], width: int, height: int) -> NDArray[np.bool_]:
-    return cv2.resize(cut.astype(np.uint8) * 255, (width, height), interpolation=cv2.INTER_LINEAR) > 127
+    return np.asarray(cv2.resize(cut.astype(np.uint8) * 255, (width, height), interpolation=cv2.INTER_LINEAR) > 127)
 
 
 def _ellipse(rows: slice, columns: slice, shape_hw: tuple[int, ...]) -> NDArray[np.bool_]:

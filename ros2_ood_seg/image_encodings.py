@@ -18,8 +18,8 @@ from ros2_ood_seg.errors import InputError
 Buffer = Any
 """Anything with the buffer protocol: bytes, an array, the ``array.array`` of an rclpy message."""
 
-MAX_SIDE_PX = 32_767
-"""Longest side of an image; OpenCV's resampling has no larger coordinates."""
+MAX_SIDE_PX = 16_384
+"""No camera is larger: a message that claims more is damaged."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ _LAYOUTS: dict[str, _Layout] = {
     "rgba8": _Layout(np.uint8, 4, cv2.COLOR_RGBA2RGB),
     "bgra8": _Layout(np.uint8, 4, cv2.COLOR_BGRA2RGB),
     "mono8": _Layout(np.uint8, 1, cv2.COLOR_GRAY2RGB),
+    "8UC4": _Layout(np.uint8, 4, cv2.COLOR_BGRA2RGB),
     "8UC1": _Layout(np.uint8, 1, cv2.COLOR_GRAY2RGB),
+    "16UC1": _Layout(np.uint16, 1, cv2.COLOR_GRAY2RGB),
     "rgb16": _Layout(np.uint16, 3, None),
     "bgr16": _Layout(np.uint16, 3, cv2.COLOR_BGR2RGB),
     "rgba16": _Layout(np.uint16, 4, cv2.COLOR_RGBA2RGB),
@@ -90,7 +92,7 @@ def decode_image(encoding: str, height: int, width: int, step: int, is_bigendian
 
     Args:
         encoding: One of :data:`COLOR_ENCODINGS`; 16-bit channels are scaled to 8 bit (65535 becomes 255), alpha is dropped,
-            YUV is BT.601 with limited range, ``8UC3`` is taken as BGR.
+            YUV is BT.601 with limited range, ``8UC3`` and ``8UC4`` are taken as BGR(A).
         height: Rows, px.
         width: Columns, px.
         step: Bytes from one row to the next, at least the row itself; what lies beyond it is skipped.

@@ -1,0 +1,152 @@
+"""``ood-seg evaluate`` and ``ood-seg compare``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ros2_ood_seg.config import load_profile
+from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.evaluation import component, pixel
+from ros2_ood_seg.evaluation.datasets import LAYOUTS, open_dataset
+from ros2_ood_seg.evaluation.evaluate import Evaluation, Options, dataset_stamp
+from ros2_ood_seg.pipeline import Pipeline
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the commands."""
+    parser = subparsers.add_parser("evaluate", help="measure a profile on a data set or a labelled bag")
+    parser.add_argument("--dataset", choices=tuple(LAYOUTS), default="folder", help="layout of the data set")
+    parser.add_argument("--root", help="folder of the data set")
+    parser.add_argument("--profile", default="compact", help="name of a bundled profile or path of a YAML file")
+    parser.add_argument("--output", type=Path, required=True, help="report.json to write; report.html appears beside it")
+    parser.add_argument("--max-images", type=int, default=0, metavar="N", help="only the first N images")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="write score/, refined/ (npy) and instances/ (json) of every image")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the profile; may be repeated")
+    parser.add_argument("--weights-dir", help="folder of further weights")
+    parser.add_argument("--external", type=Path, metavar="DIR", help="score maps <stem>.npy for the scorer 'external'")
+    parser.add_argument("--fpr-rule", choices=pixel.FPR_RULES, default="ge", help="how fpr95 is read; all rules are in the report")
+    parser.add_argument("--track", choices=("auto", *component.TRACKS), default="auto", help="minimum component sizes (SegmentMeIfYouCan)")
+    parser.add_argument("--pixel-mode", choices=("auto", "exact", "coarse"), default="auto", help="pool every score, or coarsened ones")
+    parser.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Evaluates and writes the report.
+
+    Raises:
+        InputError: Anything in the arguments or the data that cannot be used.
+    """
+    if not args.root:
+        raise InputError("--root is missing: the folder of the data set")
+    if args.max_images < 0:
+        raise InputError(f"--max-images is {args.max_images}, it must be 1 or more, or 0 for all")
+    dataset = open_dataset(args.dataset, args.root)
+    if args.max_images:
+        dataset = dataset.head(args.max_images)
+    overrides = {"tracking.enabled": False} | parse_overrides(args.set)
+    if args.weights_dir:
+        overrides["runtime.weights_dir"] = args.weights_dir
+    config = load_profile(args.profile, overrides)
+    pipeline = Pipeline.from_config(config)
+    minimum = component.TRACKS[dataset.track if args.track == "auto" else args.track]
+    options = Options(args.fpr_rule, minimum, args.save, args.pixel_mode)
+    output: Path = args.output
+    make_parent(output)
+    first = dataset.load(dataset.sources[0])
+    evaluation = Evaluation(
+        pipeline,
+        output.with_suffix(".parts"),
+        options,
+        {"dataset": dataset_stamp(dataset), "external": str(args.external or "")},
+        len(dataset) * first.label.size,
+    )
+    for source in tqdm(dataset.sources, desc=f"{config.profile} on {dataset.name}", unit="image"):
+        if evaluation.reuse(source.name):
+            continue
+        start = time.perf_counter()
+        frame = dataset.load(source)
+        external = read_map(args.external / f"{source.name}.npy") if args.external else None
+        evaluation.add(frame, external, (time.perf_counter() - start) * 1e3)
+    report = evaluation.report(dataset.name, dataset.instance_rule)
+    output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    evaluation.finish()
+    print(summary(report))
+    print(f"report: {output}")
+    return 0
+
+
+def parse_overrides(items: list[str]) -> dict[str, Any]:
+    """``["a.b=1"]`` as ``{"a.b": "1"}``.
+
+    Raises:
+        InputError: An item without ``=``.
+    """
+    overrides = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"--set '{item}' must have the form KEY=VALUE")
+        overrides[key.strip()] = value.strip()
+    return overrides
+
+
+def make_parent(path: Path) -> None:
+    """Makes the folder of an output file.
+
+    Raises:
+        InputError: It cannot be made, or the path is a folder itself.
+    """
+    if path.is_dir():
+        raise InputError(f"--output '{path}' is a folder; name a file, as {path / 'report.json'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output '{path}': the folder cannot be made: {error.strerror}") from error
+
+
+def read_map(path: Path) -> NDArray[np.float32]:
+    """A score map from a .npy file.
+
+    Raises:
+        InputError: Missing, unreadable, or not two-dimensional numbers.
+    """
+    try:
+        scores = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"score map '{path}' cannot be read: {error}") from error
+    if not isinstance(scores, np.ndarray) or scores.ndim != 2 or scores.dtype.kind not in "fiu":
+        raise InputError(f"score map '{path}' must be a two-dimensional array of numbers")
+    return scores.astype(np.float32)
+
+
+def summary(report: dict[str, Any]) -> str:
+    """A few lines for the terminal."""
+
+    def show(value: float | None) -> str:
+        return "   -  " if value is None else f"{value:6.4f}"
+
+    rows = [
+        ("scorer", [("AP", report["pixel"]["ap"]), ("FPR95", report["pixel"]["fpr95"]), ("AuROC", report["pixel"]["auroc"])]),
+        ("refined", [("AP", report["refined"]["ap"]), ("FPR95", report["refined"]["fpr95"]), ("AuROC", report["refined"]["auroc"])]),
+        (
+            "scorer's best",
+            [("IoU", report["baseline"]["iou_best"]), ("AuIoU", report["baseline"]["auiou"]), ("mF1", report["baseline"]["mean_f1"])],
+        ),
+        ("masks (S2M)", [("IoU", report["s2m"]["iou"]), ("AuIoU", report["s2m"]["auiou"]), ("mF1", report["s2m"]["mean_f1"])]),
+        ("components", [("sIoU", report["component"]["siou"]), ("PPV", report["component"]["ppv"]), ("F1*", report["component"]["f1"])]),
+        ("instances", [("AP", report["instance"]["ap"]), ("AP50", report["instance"]["ap50"])]),
+    ]
+    lines = [f"{report['profile']} on {report['dataset']}, {report['images']} images"]
+    lines += [f"  {name:<14}" + "   ".join(f"{key:>5} {show(value)}" for key, value in values) for name, values in rows]
+    total = report["timings_ms"].get("total")
+    if total:
+        lines.append(f"  {'time':<14}  p50 {total['p50']:.0f} ms   p95 {total['p95']:.0f} ms an image")
+    return "\n".join(lines)

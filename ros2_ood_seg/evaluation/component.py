@@ -1,0 +1,120 @@
+"""Component metrics of SegmentMeIfYouCan: sIoU, PPV and F1* (Chan et al., NeurIPS 2021, section 3.2; road-anomaly-benchmark).
+
+Components are 8-connected. A ground-truth component is found when its sIoU reaches a threshold: the intersection with all
+predicted components that touch it, over their union with it, less what of them lies in other ground-truth components. A predicted
+component is a false alarm when its PPV, the share of it on anomalies, is below the threshold. F1* averages F1 over 11 thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+TAUS: NDArray[np.float64] = np.linspace(0.25, 0.75, 11)
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Sizes below which components do not count.
+
+    Args:
+        predicted_px: Smaller predicted components are dropped.
+        truth_px: Smaller ground-truth components become ignored area.
+    """
+
+    predicted_px: int
+    truth_px: int
+
+
+TRACKS = {"anomaly": Minimum(500, 100), "obstacle": Minimum(50, 10)}
+"""The benchmark's two tracks."""
+
+
+@dataclass(frozen=True)
+class ComponentMatch:
+    """One image.
+
+    Args:
+        siou: (G,) float64, of each ground-truth component.
+        ppv: (P,) float64, of each predicted component.
+    """
+
+    siou: NDArray[np.float64]
+    ppv: NDArray[np.float64]
+
+
+def components(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """(H, W) int32 8-connected components of a mask: 0 outside, 1..n."""
+    labels: NDArray[np.int32] = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8, ltype=cv2.CV_32S)[1]
+    return labels
+
+
+def match(predicted: NDArray[np.bool_], label: NDArray[np.uint8], minimum: Minimum) -> ComponentMatch:
+    """Compares the components of one image.
+
+    Args:
+        predicted: (H, W) bool, predicted anomalous.
+        label: (H, W) uint8: 0 normal, 1 anomaly, 255 ignore.
+        minimum: Least sizes; ``Minimum(0, ...)`` for the benchmark's way with masks that are not made by a threshold.
+    """
+    truth = components(label == 1)
+    found = components(predicted & (label != 255))
+    found[np.bincount(found.ravel())[found] < minimum.predicted_px] = 0
+    valid = (label != 255) & (np.bincount(truth.ravel())[truth] >= minimum.truth_px)
+    shape = (int(truth.max()) + 1, int(found.max()) + 1)
+    joint = np.bincount(truth[valid].astype(np.int64) * shape[1] + found[valid], minlength=shape[0] * shape[1]).reshape(shape)
+    # Row and column 0 are background; the others vanish where they were dropped or ignored.
+    joint = joint[np.append(True, joint[1:].any(axis=1))][:, np.append(True, joint[:, 1:].any(axis=0))]
+    truth_px, found_px = joint.sum(axis=1)[1:], joint.sum(axis=0)[1:]
+    inside = joint[1:, 1:]
+    touching = (inside > 0).astype(np.int64)
+    hit = inside.sum(axis=1)
+    union = touching @ found_px + truth_px - hit
+    elsewhere = touching @ inside.sum(axis=0) - hit
+    return ComponentMatch(hit / (union - elsewhere), inside.sum(axis=0) / found_px)
+
+
+@dataclass(frozen=True)
+class ComponentScores:
+    """The benchmark's columns; None where nothing is to be averaged.
+
+    Args:
+        siou: Mean over ground-truth components.
+        ppv: Mean over predicted components.
+        f1: F1*, mean over the thresholds.
+    """
+
+    siou: float | None
+    ppv: float | None
+    f1: float | None
+
+
+def counts_at_taus(image: ComponentMatch) -> NDArray[np.int64]:
+    """(3, 11) int64: true positives, false negatives and false positives of one image at each threshold."""
+    return np.array(
+        [
+            [np.count_nonzero(image.siou >= tau) for tau in TAUS],
+            [np.count_nonzero(image.siou < tau) for tau in TAUS],
+            [np.count_nonzero(image.ppv < tau) for tau in TAUS],
+        ]
+    )
+
+
+def summarise(images: Iterable[ComponentMatch]) -> ComponentScores:
+    """Sums over images, then averages over thresholds."""
+    kept = list(images)
+    siou = np.concatenate([m.siou for m in kept]) if kept else np.zeros(0)
+    ppv = np.concatenate([m.ppv for m in kept]) if kept else np.zeros(0)
+    counts = np.sum([counts_at_taus(m) for m in kept], axis=0) if kept else np.zeros((3, TAUS.size))
+    return ComponentScores(float(siou.mean()) if siou.size else None, float(ppv.mean()) if ppv.size else None, f1_star(counts))
+
+
+def f1_star(counts: NDArray[np.int64] | NDArray[np.float64]) -> float | None:
+    """F1* of (3, 11) summed counts; None when there was neither a ground-truth nor a predicted component."""
+    hits, misses, alarms = counts
+    total = 2 * hits + misses + alarms
+    return float(np.mean(2 * hits / total)) if np.all(total > 0) else None

@@ -1,0 +1,217 @@
+"""Runs a pipeline over labelled frames, one after the other, and keeps what the report needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+import ros2_ood_seg
+from ros2_ood_seg.config import PipelineConfig, iter_settings
+from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.evaluation import component
+from ros2_ood_seg.evaluation.datasets import DataSet, LabelledImage
+from ros2_ood_seg.evaluation.measure import Maps, PartStore, instances_json, measure
+from ros2_ood_seg.evaluation.pixel import FprRule
+from ros2_ood_seg.evaluation.report import build_report
+from ros2_ood_seg.pipeline import Pipeline
+from ros2_ood_seg.types import FrameResult
+from ros2_ood_seg.visualization import draw_overlay
+
+EXACT_PIXELS = 512_000_000
+"""Up to this many pixels scores are pooled exactly (about 20 bytes of disk a pixel while it runs); beyond it they are coarsened."""
+COARSE_BITS = 12
+PICTURE_WIDTH_PX = 640
+
+PixelMode = Literal["auto", "exact", "coarse"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to evaluate.
+
+    Args:
+        fpr_rule: Which rule ``fpr95`` follows; the others are reported beside it.
+        minimum: Least component sizes.
+        save: Folder for maps and instances of every frame, or None.
+        pixel_mode: ``exact`` pools every score; ``coarse`` cuts 12 mantissa bits (relative resolution 2**-11), keeps no maps and so needs
+            little disk; the report then states the bounds of AP and gives no component metrics of the map. ``auto`` is exact up to
+            :data:`EXACT_PIXELS`.
+    """
+
+    fpr_rule: FprRule = "ge"
+    minimum: component.Minimum = component.TRACKS["anomaly"]
+    save: Path | None = None
+    pixel_mode: PixelMode = "auto"
+
+
+class Evaluation:
+    """Measures frames one by one and reports at the end; memory does not grow with the number of frames but for a few kB each.
+
+    Args:
+        pipeline: What is evaluated.
+        work: Folder of finished frames, kept until :meth:`finish`.
+        options: How.
+        fingerprint: What finished frames depend on beside the pipeline's settings, code and weights.
+        expected_pixels: Of all frames together, to choose between exact and coarse; 0 when unknown.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, work: Path, options: Options, fingerprint: Mapping[str, Any] | None = None, expected_pixels: int = 0
+    ) -> None:
+        self.pipeline = pipeline
+        self.options = options
+        self.exact = options.pixel_mode == "exact" or (options.pixel_mode == "auto" and expected_pixels <= EXACT_PIXELS)
+        stamp = {"exact": self.exact, "minimum": vars(options.minimum), "pipeline": pipeline_stamp(pipeline.config)}
+        self.store = PartStore(work, {**stamp, **(fingerprint or {})})
+        self._names: dict[str, None] = {}
+        self._warm = False
+        if options.save is not None:
+            for folder in ("score", "refined", "instances"):
+                (options.save / folder).mkdir(parents=True, exist_ok=True)
+
+    def reuse(self, name: str) -> bool:
+        """Takes over a frame that an earlier run finished, saved files included; False when there is none."""
+        save = self.options.save
+        if not self.store.has(name) or (save is not None and not (save / "instances" / f"{name}.json").is_file()):
+            return False
+        self._names[name] = None
+        return True
+
+    def add(self, frame: LabelledImage, external: NDArray[np.float32] | None = None, load_ms: float = 0.0) -> FrameResult:
+        """Runs and measures one frame.
+
+        Args:
+            frame: With its ground truth; the report keeps the order of the calls.
+            external: Score map for the scorer ``external``.
+            load_ms: What reading the frame took, for the report.
+
+        Returns:
+            What the pipeline said.
+
+        Raises:
+            InputError: A name that came before, or an image or score map that cannot be used.
+        """
+        if frame.name in self._names:
+            raise InputError(f"two frames are named '{frame.name}'; names must be unique")
+        if not self._warm:
+            self.pipeline.warm_up(*frame.label.shape)
+            self._warm = True
+        result = self.pipeline.run(frame.image, external)
+        start = time.perf_counter()
+        config = self.pipeline.config
+        maps = Maps.from_result(result, config.fusion.name == "s2m", config.prompts.boxes.method != "none")
+        figures, score, refined = measure(frame, maps, self.options.minimum, 0 if self.exact else COARSE_BITS)
+        if self.options.save is not None:
+            _save(self.options.save, frame.name, maps, config.profile)
+        picture = _picture(frame, result)
+        outside = {"load": load_ms, "measure": (time.perf_counter() - start) * 1e3}
+        self.store.save(figures, score, refined, picture, result.timings_ms, outside, (maps.refined, frame.label) if self.exact else None)
+        self._names[frame.name] = None
+        return result
+
+    def report(self, dataset: str, instance_rule: str = "as labelled") -> dict[str, Any]:
+        """Pools everything that was measured.
+
+        Args:
+            dataset: Its name.
+            instance_rule: Where the ground-truth instances come from.
+
+        Returns:
+            Plain data for ``report.json``; a value that the profile or the data cannot have is None.
+
+        Raises:
+            InputError: No frame was measured.
+        """
+        if not self._names:
+            raise InputError(f"data set '{dataset}' gave no frames to evaluate")
+        options = self.options
+        return build_report(
+            self.store,
+            list(self._names),
+            dataset=dataset,
+            config=self.pipeline.config,
+            device=str(self.pipeline.runtime.device),
+            fpr_rule=options.fpr_rule,
+            minimum=options.minimum,
+            exact=self.exact,
+            instance_rule=instance_rule,
+        )
+
+    def finish(self) -> None:
+        """Removes the folder of finished frames."""
+        self.store.clear()
+
+
+def pipeline_stamp(config: PipelineConfig) -> str:
+    """A hash of everything that a pipeline's results depend on: settings, this package's code, weights files by size and time."""
+    digest = hashlib.sha256(json.dumps(config.model_dump(), sort_keys=True).encode())
+    package = Path(ros2_ood_seg.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.read_bytes())
+    named = [Path(str(s.value)) for s in iter_settings(config) if s.kind is str and s.value]
+    folders = [package / "weights", *(path for path in named if path.is_dir())]
+    files = [path for path in named if path.is_file()] + [path for folder in folders for path in sorted(folder.rglob("*"))]
+    for path in files:
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            status = path.stat()
+            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _save(folder: Path, name: str, maps: Maps, profile: str) -> None:
+    np.save(folder / "score" / f"{name}.npy", maps.score)
+    np.save(folder / "refined" / f"{name}.npy", maps.refined)
+    (folder / "instances" / f"{name}.json").write_text(json.dumps(instances_json(maps, profile)), encoding="utf-8")
+
+
+def _picture(frame: LabelledImage, result: FrameResult) -> bytes:
+    """Instances over the image, the ground truth as a white outline, as a small JPEG."""
+    overlay = draw_overlay(frame.image, result.instances.to("cpu"))
+    contours, _ = cv2.findContours((frame.label == 1).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    height, width = frame.label.shape
+    cv2.drawContours(overlay, contours, -1, (255, 255, 255), max(1, width // PICTURE_WIDTH_PX))
+    if width > PICTURE_WIDTH_PX:
+        overlay = cv2.resize(overlay, (PICTURE_WIDTH_PX, round(height * PICTURE_WIDTH_PX / width)), interpolation=cv2.INTER_AREA)
+    done, data = cv2.imencode(".jpg", overlay[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
+    return bytes(data) if done else b""
+
+
+def evaluate_frames(
+    frames: Iterable[LabelledImage], pipeline: Pipeline, work: Path, options: Options | None = None, dataset: str = "frames"
+) -> dict[str, Any]:
+    """Evaluates frames that come one by one, for example from a bag.
+
+    Args:
+        frames: With ground truth and unique names.
+        pipeline: What is evaluated.
+        work: Folder for intermediate results, emptied first and removed at the end.
+        options: How; by default exact.
+        dataset: Name for the report.
+
+    Returns:
+        The report, see :meth:`Evaluation.report`.
+
+    Raises:
+        InputError: No frames, or one that cannot be used.
+    """
+    evaluation = Evaluation(pipeline, work, options or Options(), {"started": time.time()})
+    for frame in frames:
+        evaluation.add(frame)
+    report = evaluation.report(dataset)
+    evaluation.finish()
+    return report
+
+
+def dataset_stamp(dataset: DataSet) -> list[list[str | int]]:
+    """Files of a data set by size and time, to notice a change between two runs."""
+    paths = [path for source in dataset.sources for path in (source.image, source.label, source.instances) if path is not None]
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]

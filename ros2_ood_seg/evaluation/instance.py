@@ -1,0 +1,189 @@
+"""Instance AP in the Cityscapes protocol for one class, as UGainS and OoDIS report it.
+
+Ten overlaps 0.50:0.05:0.95, a match is IoU > overlap (strict); ground-truth instances under 10 px only serve to excuse
+predictions; a prediction that matches nothing is excused when more than ``overlap`` of it lies on ignored area or such small
+instances. Of several predictions on one instance the best-scored is right, the others are false. Precision over recall is
+integrated step-wise with symmetric half-widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ros2_ood_seg.evaluation.component import components
+
+OVERLAPS: NDArray[np.float64] = np.arange(0.5, 1.0, 0.05)
+MIN_REGION_PX = 10
+
+
+@dataclass(frozen=True)
+class InstanceMatch:
+    """Overlaps of one image.
+
+    Args:
+        scores: (N,) float64 of the predictions.
+        area_px: (N,) int64 of the predictions.
+        void_px: (N,) int64, how much of each prediction lies on ignored area.
+        truth_px: (G,) int64 areas of the ground-truth instances.
+        intersection_px: (N, G) int64.
+    """
+
+    scores: NDArray[np.float64]
+    area_px: NDArray[np.int64]
+    void_px: NDArray[np.int64]
+    truth_px: NDArray[np.int64]
+    intersection_px: NDArray[np.int64]
+
+    def iou(self) -> NDArray[np.float64]:
+        """(N, G) IoU of every prediction with every instance."""
+        union = self.area_px[:, None] + self.truth_px[None, :] - self.intersection_px
+        iou: NDArray[np.float64] = self.intersection_px / np.maximum(union, 1)
+        return iou
+
+
+def truth_instances(label: NDArray[np.uint8], instances: NDArray[np.int32] | None) -> NDArray[np.int32]:
+    """Ground truth as one image.
+
+    Args:
+        label: (H, W) uint8: 0 normal, 1 anomaly, 255 ignore.
+        instances: (H, W) int32 ids, 0 for none, or None: then every 8-connected component of label 1 is an instance, as UGainS does.
+
+    Returns:
+        (H, W) int32: 0 background, 1..G instances, -1 ignored (label 255, and anomalous pixels that have no id).
+    """
+    if instances is None:
+        truth = components(label == 1)
+    else:
+        anomalous = label == 1
+        ids, rank = np.unique(instances[anomalous], return_inverse=True)
+        truth = np.zeros(label.shape, np.int32)
+        # Rank 0 is id 0 where there is one: anomalous, but of no instance.
+        truth[anomalous] = np.where(ids[rank] == 0, -1, rank + (0 if ids[:1] == 0 else 1))
+    truth[label == 255] = -1
+    return truth
+
+
+def match(
+    masks: NDArray[np.bool_], boxes_xyxy: NDArray[np.float32], scores: NDArray[np.floating], truth: NDArray[np.int32]
+) -> InstanceMatch:
+    """Overlaps of predicted masks with the ground truth of one image.
+
+    Args:
+        masks: (N, H, W) bool, none empty; they may overlap.
+        boxes_xyxy: (N, 4) tight boxes, px, maximum exclusive; only speed depends on them being tight.
+        scores: (N,) ranking key.
+        truth: As :func:`truth_instances` gives it.
+    """
+    count = max(int(truth.max(initial=0)), 0)
+    truth_px = np.bincount(truth[truth > 0], minlength=count + 1)[1:]
+    tables = np.zeros((len(masks), count + 2), np.int64)
+    for k, (mask, box) in enumerate(zip(masks, boxes_xyxy, strict=True)):
+        x0, y0, x1, y1 = (int(v) for v in box)
+        inside = truth[y0:y1, x0:x1][mask[y0:y1, x0:x1]]
+        tables[k] = np.bincount(inside + 1, minlength=count + 2)
+    return InstanceMatch(np.asarray(scores, np.float64), tables.sum(axis=1), tables[:, 0], truth_px.astype(np.int64), tables[:, 2:])
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What the matching of one image at one overlap decided.
+
+    Args:
+        right: Scores of the predictions that found an instance.
+        wrong: Scores of the false ones.
+        missed: Instances without a prediction.
+    """
+
+    right: NDArray[np.float64]
+    wrong: NDArray[np.float64]
+    missed: int
+
+
+def decide(image: InstanceMatch, overlap: float, min_region_px: int = MIN_REGION_PX) -> Decisions:
+    """Matches one image at one overlap (0.5 or more, so that a prediction fits at most one instance)."""
+    large = image.truth_px >= min_region_px
+    fits = image.iou() > overlap
+    ignored = image.void_px + image.intersection_px[:, ~large].sum(axis=1)
+    excused = ignored / np.maximum(image.area_px, 1) > overlap
+    wrong = [image.scores[~fits.any(axis=1) & ~excused]]
+    right = []
+    for column in fits[:, large].T:
+        found = np.sort(image.scores[column])[::-1]
+        right.append(found[:1])
+        wrong.append(found[1:])
+    missed = int(np.count_nonzero(~fits[:, large].any(axis=0)))
+    none = np.zeros(0)
+    return Decisions(np.concatenate([none, *right]), np.concatenate([none, *wrong]), missed)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The predictions of one image, one by one.
+
+    Args:
+        right: (N,) bool, the best-scored prediction of an instance with IoU > 0.5.
+        excused: (N,) bool, neither right nor wrong.
+    """
+
+    right: NDArray[np.bool_]
+    excused: NDArray[np.bool_]
+
+
+def judge(image: InstanceMatch, overlap: float = 0.5, min_region_px: int = MIN_REGION_PX) -> Judgement:
+    """Which predictions are right; the same matching as :func:`decide`, in the predictions' order."""
+    large = image.truth_px >= min_region_px
+    fits = image.iou() > overlap
+    right = np.zeros(image.scores.size, bool)
+    for column in fits[:, large].T:
+        if column.any():
+            right[np.argmax(np.where(column, image.scores, -np.inf))] = True
+    ignored = image.void_px + image.intersection_px[:, ~large].sum(axis=1)
+    excused = ~fits.any(axis=1) & (ignored / np.maximum(image.area_px, 1) > overlap)
+    excused |= fits[:, ~large].any(axis=1) & ~right
+    return Judgement(right, excused)
+
+
+def average_precision(images: Iterable[Decisions]) -> float | None:
+    """AP at one overlap; None without ground-truth instances."""
+    kept = list(images)
+    missed = sum(d.missed for d in kept)
+    right = np.concatenate([np.zeros(0), *(d.right for d in kept)])
+    wrong = np.concatenate([np.zeros(0), *(d.wrong for d in kept)])
+    if missed + right.size == 0:
+        return None
+    if right.size == 0:
+        return 0.0
+    thresholds = np.unique(np.concatenate([right, wrong]))
+    hits = right.size - np.searchsorted(np.sort(right), thresholds)
+    alarms = wrong.size - np.searchsorted(np.sort(wrong), thresholds)
+    precision = np.append(hits / (hits + alarms), 1.0)
+    recall = np.append(hits / (right.size + missed), 0.0)
+    widths = np.convolve(np.concatenate([recall[:1], recall, [0.0]]), [-0.5, 0.0, 0.5], "valid")
+    return float(np.dot(precision, widths))
+
+
+@dataclass(frozen=True)
+class InstanceScores:
+    """Means over the overlaps; None without ground-truth instances.
+
+    Args:
+        ap: Mean AP over the ten overlaps.
+        ap50: AP at overlap 0.5.
+        by_overlap: AP at each overlap.
+    """
+
+    ap: float | None
+    ap50: float | None
+    by_overlap: tuple[float | None, ...]
+
+
+def summarise(images: Iterable[InstanceMatch], min_region_px: int = MIN_REGION_PX) -> InstanceScores:
+    """AP over a data set."""
+    kept = list(images)
+    aps = tuple(average_precision([decide(image, overlap, min_region_px) for image in kept]) for overlap in OVERLAPS)
+    known = [ap for ap in aps if ap is not None]
+    return InstanceScores(float(np.mean(known)) if known else None, aps[0], aps)

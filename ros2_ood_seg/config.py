@@ -101,9 +101,9 @@ class SegmenterConfig(_Settings):
     encoder_width: int = Field(
         0, ge=0, le=8192, description="sam: shrink the image to this width before the encoder (UGainS: 1024), 0 for the full image"
     )
-    iterations: int = Field(2, ge=1, le=20, description="grabcut: iterations of the graph cut")
+    iterations: int = Field(1, ge=1, le=20, description="grabcut: iterations of the graph cut")
     working_px: int = Field(
-        128, ge=32, le=1024, description="grabcut: longest side of the window that is cut, px; larger boxes are shrunk to it"
+        96, ge=32, le=1024, description="grabcut: longest side of the window that is cut, px; larger boxes are shrunk to it"
     )
     point_radius: float = Field(
         0.08, gt=0.0, le=0.5, description="grabcut: a point prompt looks at a window of this half-size, as a fraction of the image height"

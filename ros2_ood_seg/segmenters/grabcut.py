@@ -16,8 +16,10 @@ _MARGIN = 0.25
 """Background seen around a box, as a fraction of its size on each side."""
 _LEAST_BOX_PX = 3
 """Boxes with a shorter side are taken whole."""
-_LEAST_FILL = 0.1
-"""With less foreground than this fraction of the box, the cut has failed."""
+_LEAST_FILL = 0.35
+"""With less foreground than this fraction of the box, the cut has collapsed and the box's inscribed ellipse is better."""
+_LEAST_PART = 0.2
+"""Parts of a cut smaller than this fraction of its largest one are noise."""
 _SEED_FRACTION = 0.12
 """A point's certain foreground is a disc of this fraction of the window's shorter half-side."""
 _COLOUR_TOLERANCE = 12
@@ -65,7 +67,7 @@ class GrabCutSegmenter:
         rows = slice(round((y_min - top) * scale), max(round((y_max - top) * scale), round((y_min - top) * scale) + 1))
         inner[rows, columns] = True
         trimap = np.where(inner, cv2.GC_PR_FGD, cv2.GC_BGD).astype(np.uint8)
-        cut = self._cut(window, trimap)
+        cut = _without_specks(self._cut(window, trimap))
         if np.count_nonzero(cut) < _LEAST_FILL * np.count_nonzero(inner):
             cut = _ellipse(rows, columns, cut.shape)
         found = _enlarged(cut, right - left, bottom - top)
@@ -102,7 +104,7 @@ class GrabCutSegmenter:
             trimap[:, [0, -1]] = cv2.GC_BGD
         cv2.setRNGSeed(0)
         model = np.zeros((2, 1, 65))
-        cv2.grabCut(window, trimap, None, model[0], model[1], self._config.iterations, cv2.GC_INIT_WITH_MASK)
+        cv2.grabCut(cv2.medianBlur(window, 3), trimap, None, model[0], model[1], self._config.iterations, cv2.GC_INIT_WITH_MASK)
         return np.isin(trimap, (cv2.GC_FGD, cv2.GC_PR_FGD))
 
 
@@ -129,6 +131,13 @@ def _similar(window: NDArray[np.uint8], centre: tuple[int, int]) -> NDArray[np.b
     tolerance = (_COLOUR_TOLERANCE,) * 3
     cv2.floodFill(lab, filled, centre, 0, tolerance, tolerance, 8 | cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE)
     return filled[1:-1, 1:-1] > 0
+
+
+def _without_specks(cut: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(cut.astype(np.uint8), connectivity=8)
+    area = stats[:, cv2.CC_STAT_AREA]
+    area[0] = 0
+    return np.asarray((area >= max(1.0, _LEAST_PART * area.max()))[labels])
 
 
 def _component_at(cut: NDArray[np.bool_], centre: tuple[int, int]) -> NDArray[np.bool_]:

@@ -1,0 +1,121 @@
+"""From topics to frames: raw or compressed images, alone or together with anomaly maps of the same stamp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rclpy.event_handler import SubscriptionEventCallbacks
+from rclpy.node import Node
+from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import Header
+
+from ros2_ood_seg.ros import compat, qos
+from ros2_ood_seg.ros.images import image_to_rgb, image_to_scores
+from ros2_ood_seg.ros.parameters import NodeConfig
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One image as it came in, with its anomaly map where the scorer is ``external``."""
+
+    image: Image | CompressedImage
+    anomaly_map: Image | None = None
+
+    @property
+    def header(self) -> Header:
+        """The image's header."""
+        return self.image.header
+
+    @property
+    def stamp_ns(self) -> int:
+        """The image's stamp, ns."""
+        return self.header.stamp.sec * 1_000_000_000 + self.header.stamp.nanosec
+
+    def decode(self) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
+        """(H, W, 3) uint8 RGB, and (h, w) float32 scores or None.
+
+        Raises:
+            InputError: The image or the map cannot be used.
+        """
+        return image_to_rgb(self.image), None if self.anomaly_map is None else image_to_scores(self.anomaly_map)
+
+
+class FrameSource:
+    """Subscribes to ``image``, or to ``image/compressed``, and on request to ``anomaly_map``.
+
+    Args:
+        node: Who subscribes.
+        config: Transport and matching.
+        external: Whether every image needs an anomaly map.
+        on_frame: Called with each frame, in the executor's thread.
+        on_problem: Called with a text when a publisher's quality of service does not fit.
+    """
+
+    def __init__(
+        self, node: Node, config: NodeConfig, external: bool, on_frame: Callable[[Frame], None], on_problem: Callable[[str], None]
+    ) -> None:
+        self._node = node
+        self._on_frame = on_frame
+        self._on_problem = on_problem
+        self._last_stamp_ns = 0
+        self._images = 0
+        self._frames = 0
+        compressed = config.image_transport == "compressed"
+        # A remapping of the base topic carries over to its transports, as with image_transport.
+        topic = node.resolve_topic_name("image") + ("/compressed" if compressed else "")
+        depth = config.external.queue_size if external else 1
+        images = self._subscriber(CompressedImage if compressed else Image, topic, depth)
+        images.registerCallback(self._on_image)
+        self._subscribers = [images]
+        self._synchronizer = None
+        if external:
+            maps = self._subscriber(Image, node.resolve_topic_name("anomaly_map"), depth)
+            self._subscribers.append(maps)
+            if config.external.slop_s > 0:
+                self._synchronizer = compat.ApproximateTimeSynchronizer(self._subscribers, depth, config.external.slop_s)
+            else:
+                self._synchronizer = compat.TimeSynchronizer(self._subscribers, depth)
+            self._synchronizer.registerCallback(self._pass_on)
+        else:
+            images.registerCallback(self._pass_on)
+
+    @property
+    def waiting(self) -> int:
+        """Images without an anomaly map so far."""
+        return self._images - self._frames
+
+    def destroy(self) -> None:
+        """Unsubscribes; call it from the executor's thread."""
+        for subscriber in self._subscribers:
+            self._node.destroy_subscription(subscriber.sub)
+
+    def _subscriber(self, kind: type, topic: str, depth: int) -> Any:
+        def incompatible(event: Any) -> None:
+            policy = event.last_policy_kind
+            self._on_problem(f"a publisher of {topic} offers an incompatible quality of service ({policy}); nothing of it arrives")
+
+        return compat.Subscriber(
+            self._node,
+            kind,
+            topic,
+            qos_profile=qos.input_image(depth),
+            qos_overriding_options=qos.overridable(),
+            event_callbacks=SubscriptionEventCallbacks(incompatible_qos=incompatible),
+        )
+
+    def _on_image(self, image: Image | CompressedImage) -> None:
+        stamp_ns = Frame(image).stamp_ns
+        if self._synchronizer is not None and stamp_ns < self._last_stamp_ns:
+            # A bag that starts over: what waits from later times would push every new message out.
+            for queue in self._synchronizer.queues:
+                queue.clear()
+        self._last_stamp_ns = stamp_ns
+        self._images += 1
+
+    def _pass_on(self, image: Image | CompressedImage, anomaly_map: Image | None = None) -> None:
+        self._frames += 1
+        self._on_frame(Frame(image, anomaly_map))

@@ -1,0 +1,247 @@
+"""The lifecycle node ``ood_segmenter``: camera images in, scored anomaly instances out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import rclpy
+import torch
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.clock import Clock, ClockType
+from rclpy.executors import ExternalShutdownException
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+
+from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.pipeline import Pipeline
+from ros2_ood_seg.ros.diagnostics import FrameStatistics
+from ros2_ood_seg.ros.inputs import Frame, FrameSource
+from ros2_ood_seg.ros.mailbox import Mailbox
+from ros2_ood_seg.ros.outputs import Outputs
+from ros2_ood_seg.ros.parameters import Parameters
+
+_LOG_PERIOD_S = 2.0
+_EXIT_PATIENCE_S = 1.0
+
+
+class OodSegmenter(LifecycleNode):
+    """Runs the pipeline on the newest image, in one worker thread.
+
+    configure loads the networks and warms them up, activate subscribes and starts the worker, deactivate stops both, cleanup
+    frees the networks.
+
+    Args:
+        kwargs: As for ``rclpy.node.Node``.
+
+    Raises:
+        InputError: A parameter that cannot be used; the message says what is allowed.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__("ood_segmenter", **kwargs)
+        self._parameters = Parameters(self)
+        self._statistics = FrameStatistics()
+        self._state = "unconfigured"
+        self._pipeline: Pipeline | None = None
+        self._outputs: Outputs | None = None
+        self._source: FrameSource | None = None
+        self._mailbox: Mailbox[Frame] = Mailbox()
+        self._worker: threading.Thread | None = None
+        self._last_stamp_ns = 0
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        # A steady clock: diagnostics go out even while simulated time stands still.
+        period_s = self._parameters.node_config.diagnostics_period_s
+        self.create_timer(period_s, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME))
+
+    def autostart(self) -> None:
+        """Configures and activates, unless the parameter ``autostart`` is off or the configuration fails."""
+        if self._parameters.node_config.autostart and self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+            self.trigger_activate()
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Builds the pipeline, warms it up and creates the publishers."""
+        warm_up = self._parameters.node_config.warm_up
+        try:
+            pipeline = Pipeline(self._parameters.pipeline_config)
+            if warm_up.height and warm_up.width:
+                pipeline.warm_up(warm_up.height, warm_up.width)
+        # rclpy drops exceptions of transitions without a word.
+        except Exception as error:
+            self._fail("cannot configure", error)
+            return TransitionCallbackReturn.FAILURE
+        self._pipeline = pipeline
+        self._outputs = Outputs(self, self._statistics)
+        self.get_logger().info(f"profile '{pipeline.config.profile}' is ready on {pipeline.runtime.device}")
+        return self._entered("inactive", super().on_configure(state))
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Starts the worker and subscribes."""
+        result = super().on_activate(state)
+        self._statistics.clear()
+        self._last_stamp_ns = 0
+        self._mailbox = Mailbox()
+        self._worker = threading.Thread(target=self._work, args=(self._mailbox,), name="worker", daemon=True)
+        self._worker.start()
+        external = self._parameters.pipeline_config.scorer.name == "external"
+        self._source = FrameSource(self, self._parameters.node_config, external, self._on_frame, self._on_problem)
+        return self._entered("active", result)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Unsubscribes and waits for the frame in work, whose result is dropped."""
+        self._stop()
+        return self._entered("inactive", super().on_deactivate(state))
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Frees the networks and removes the publishers."""
+        self._free()
+        return self._entered("unconfigured", super().on_cleanup(state))
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stops and frees everything."""
+        self._stop()
+        self._free()
+        return self._entered("finalized", super().on_shutdown(state))
+
+    def abandon(self, patience_s: float) -> bool:
+        """Closes the mailbox and waits a moment for the frame in work.
+
+        Returns:
+            Whether the worker has ended.
+        """
+        self._mailbox.close()
+        if self._worker is None:
+            return True
+        self._worker.join(patience_s)
+        return not self._worker.is_alive()
+
+    def _stop(self) -> None:
+        if self._source is not None:
+            self._source.destroy()
+            self._source = None
+        self._mailbox.close()
+        if self._worker is not None:
+            self._worker.join()
+            self._worker = None
+
+    def _free(self) -> None:
+        if self._outputs is not None:
+            self._outputs.destroy()
+            self._outputs = None
+        self._pipeline = None
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _entered(self, label: str, result: TransitionCallbackReturn) -> TransitionCallbackReturn:
+        if result == TransitionCallbackReturn.SUCCESS:
+            self._state = label
+        return result
+
+    def _on_frame(self, frame: Frame) -> None:
+        self._statistics.received(replaced=self._mailbox.put(frame))
+
+    def _on_problem(self, text: str) -> None:
+        self._statistics.failed(text)
+        self.get_logger().warning(text, throttle_duration_sec=_LOG_PERIOD_S)
+
+    def _work(self, mailbox: Mailbox[Frame]) -> None:
+        while (frame := mailbox.take()) is not None:
+            self._process(frame, mailbox)
+
+    def _process(self, frame: Frame, mailbox: Mailbox[Frame]) -> None:
+        try:
+            self._answer(frame, mailbox)
+        # Whatever a frame does, the next one gets its chance.
+        except Exception as error:
+            if not mailbox.closed:
+                self._statistics.rejected(str(error))
+                self.get_logger().warning(f"frame skipped: {_describe(error)}", throttle_duration_sec=_LOG_PERIOD_S)
+
+    def _answer(self, frame: Frame, mailbox: Mailbox[Frame]) -> None:
+        start = time.perf_counter()
+        image, scores = frame.decode()
+        decode_ms = (time.perf_counter() - start) * 1e3
+        pipeline = self._current_pipeline()
+        if frame.stamp_ns < self._last_stamp_ns:
+            self.get_logger().info("time jumped back, tracks start anew")
+            pipeline.reset()
+        self._last_stamp_ns = frame.stamp_ns
+        result = pipeline.run(image, scores)
+        if not mailbox.closed and self._outputs is not None:
+            result = replace(result, timings_ms={"decode": decode_ms, **result.timings_ms})
+            self._outputs.publish(frame.header, image, result, self._parameters.node_config)
+
+    def _current_pipeline(self) -> Pipeline:
+        """The pipeline with the parameters of this moment; stages whose settings are the same stay loaded."""
+        assert self._pipeline is not None
+        wanted = self._parameters.pipeline_config
+        if wanted != self._pipeline.config:
+            self._pipeline = Pipeline(wanted, reuse=self._pipeline)
+        return self._pipeline
+
+    def _fail(self, what: str, error: Exception) -> None:
+        text = f"{what}: {_describe(error)}"
+        self._statistics.failed(text)
+        self.get_logger().error(text)
+
+    def _publish_diagnostics(self) -> None:
+        config = self._parameters.pipeline_config
+        about = {"profile": config.profile, "scorer": config.scorer.name, "segmenter": config.segmenter.name}
+        if self._pipeline is not None:
+            about["device"] = str(self._pipeline.runtime.device)
+        if self._source is not None and config.scorer.name == "external":
+            about["images without anomaly_map"] = str(self._source.waiting)
+        status = self._statistics.status(self.get_fully_qualified_name(), self._state, about)
+        message = DiagnosticArray(status=[status])
+        message.header.stamp = self.get_clock().now().to_msg()
+        self._diagnostics.publish(message)
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, InputError) else "".join(traceback.format_exception(error)).strip()
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the node until SIGINT or SIGTERM.
+
+    Args:
+        args: Command line, None for that of the process.
+
+    Returns:
+        0 after a signal, 2 when a parameter cannot be used.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    node: OodSegmenter | None = None
+    try:
+        rclpy.init(args=args)
+        node = OodSegmenter()
+        node.autostart()
+        rclpy.spin(node)
+    except InputError as error:
+        print(f"ood_seg_node: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    finally:
+        ended = node is None or node.abandon(_EXIT_PATIENCE_S)
+        if not ended:
+            # A frame in work cannot be interrupted, and the interpreter must not be torn down below it.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+        if node is not None:
+            node.destroy_node()
+        with contextlib.suppress(Exception):
+            rclpy.try_shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

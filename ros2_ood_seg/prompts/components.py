@@ -30,7 +30,7 @@ class ComponentBoxes:
             return Prompts.empty(device)
         calibrated = score_map.calibration.to_unit(score_map.scores[candidates]).cpu().numpy()
         area = stats[:, cv2.CC_STAT_AREA]
-        confidence = np.bincount(labels[inside], weights=calibrated, minlength=count) / area
+        confidence = np.bincount(labels[inside], weights=calibrated, minlength=count) / np.maximum(area, 1)
         kept = np.flatnonzero((area >= config.min_area_px) & (confidence >= config.min_confidence))
         # Label 0 is the background.
         kept = kept[kept > 0]

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ros2_ood_seg.config import FusionConfig
+from ros2_ood_seg.fusion import FUSIONS
+from ros2_ood_seg.runtime import Runtime
+from ros2_ood_seg.types import Calibration, Fused, Masks, Prompts, ScoreMap
+
+CPU = Runtime(torch.device("cpu"))
+HEIGHT, WIDTH = 40, 60
+CALIBRATION = Calibration((-4.0, 0.0, 4.0), (0.0, 0.5, 1.0))
+
+
+def mask_of(*rectangles_xyxy: tuple[int, int, int, int]) -> torch.Tensor:
+    masks = torch.zeros((len(rectangles_xyxy), HEIGHT, WIDTH), dtype=torch.bool)
+    for mask, (x_min, y_min, x_max, y_max) in zip(masks, rectangles_xyxy, strict=True):
+        mask[y_min:y_max, x_min:x_max] = True
+    return masks
+
+
+def random_masks(seed: int, count: int) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    x, y = np.sort(rng.integers(0, WIDTH + 1, (count, 2))), np.sort(rng.integers(0, HEIGHT + 1, (count, 2)))
+    return mask_of(*((int(a), int(c), int(b), int(d)) for (a, b), (c, d) in zip(x, y, strict=True)))
+
+
+def random_scores(seed: int) -> torch.Tensor:
+    return torch.randn((HEIGHT, WIDTH), generator=torch.Generator().manual_seed(seed)) * 2.0
+
+
+def fuse(
+    name: str,
+    masks: torch.Tensor,
+    scores: torch.Tensor | None = None,
+    confidence: Sequence[float] | torch.Tensor = (),
+    ignore: torch.Tensor | None = None,
+    **changes: Any,
+) -> Fused:
+    """Fuses masks of which the first len(confidence) come from boxes, the others from points."""
+    sure = torch.as_tensor(confidence, dtype=torch.float32)
+    prompts = Prompts(torch.zeros(len(sure), 4), sure, torch.zeros(len(masks) - len(sure), 2))
+    score_map = ScoreMap(torch.zeros(HEIGHT, WIDTH) if scores is None else scores, "test", CALIBRATION)
+    fusion = FUSIONS.get(name)(FusionConfig.model_validate({"name": name, **changes}), CPU)
+    return fusion(score_map, prompts, Masks(masks, torch.linspace(0.1, 0.9, len(masks))), ignore)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10_000), count=st.integers(0, 7))
+def test_s2m_takes_the_lowest_confidence_of_the_union(seed: int, count: int) -> None:
+    masks = random_masks(seed, count)
+    confidence = torch.from_numpy(np.random.default_rng(seed).uniform(0.05, 1.0, count).astype(np.float32))
+    refined = fuse("s2m", masks, confidence=confidence).refined
+    expected = torch.where(masks, confidence[:, None, None], torch.inf).amin(dim=0) if count else torch.full((HEIGHT, WIDTH), torch.inf)
+    assert torch.equal(refined, expected.masked_fill(expected.isinf(), 0.0))
+    # Detectors give boxes by descending confidence: then the released code's last write is the same.
+    order = confidence.argsort(descending=True)
+    assert torch.equal(fuse("s2m", masks[order], confidence=confidence[order], compat="code").refined, refined)
+
+
+def test_s2m_code_lets_the_last_box_win() -> None:
+    masks = mask_of((0, 0, 20, 20), (10, 10, 30, 30))
+    assert fuse("s2m", masks, confidence=[0.2, 0.8], compat="code").refined[15, 15] == torch.tensor(0.8)
+    assert fuse("s2m", masks, confidence=[0.2, 0.8], compat="paper").refined[15, 15] == torch.tensor(0.2)
+
+
+def test_s2m_merges_masks_of_one_object() -> None:
+    masks = mask_of((0, 0, 20, 20), (5, 5, 15, 15), (18, 0, 30, 20), (40, 30, 50, 40))
+    found = fuse("s2m", masks, confidence=[0.6, 0.9, 0.7, 0.3]).instances
+    torch.testing.assert_close(found.scores, torch.tensor([0.9, 0.7, 0.3]))
+    assert torch.equal(found.raw_scores, found.scores)
+    assert found.area_px.tolist() == [400, 240, 100]
+    assert torch.equal(found.masks[0], masks[0] | masks[1])
+    torch.testing.assert_close(found.mask_quality, torch.linspace(0.1, 0.9, 4)[[1, 2, 3]])
+    assert len(fuse("s2m", masks, confidence=[0.6, 0.9, 0.7, 0.3], merge_overlap=0.1).instances) == 2
+
+
+def test_s2m_gives_point_masks_their_calibrated_mean_score() -> None:
+    scores = torch.full((HEIGHT, WIDTH), -4.0)
+    scores[:10, :10] = 2.0
+    found = fuse("s2m", mask_of((0, 0, 10, 10)), scores).instances
+    assert found.scores.tolist() == [0.75]
+
+
+def published_ugains(masks: torch.Tensor, scores: torch.Tensor, floor: float) -> tuple[list[int], torch.Tensor]:
+    """Mean score, nested loops, sum, in float64."""
+    means = [scores[m].double().mean().item() if m.any() else -1.0 for m in masks]
+    kept: list[int] = []
+    for n in sorted(range(len(masks)), key=lambda i: -means[i]):
+        if all((masks[n] & masks[k]).sum() <= 0.7 * max(1, int((masks[n] | masks[k]).sum())) for k in kept):
+            kept.append(n)
+    total = torch.zeros(HEIGHT, WIDTH, dtype=torch.float64)
+    for n in kept:
+        total[masks[n]] += means[n]
+    total[total == 0] = floor
+    return [n for n in kept if masks[n].any()], total + scores
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10_000), count=st.integers(0, 9))
+def test_ugains_is_the_published_procedure(seed: int, count: int) -> None:
+    masks, scores = random_masks(seed, count), random_scores(seed)
+    kept, refined = published_ugains(masks, scores, -1.0)
+    found = fuse("ugains", masks, scores, floor="value", floor_value=-1.0)
+    torch.testing.assert_close(found.refined.double(), refined, rtol=1e-5, atol=1e-5)
+    assert found.instances.area_px.tolist() == [int(masks[n].sum()) for n in kept]
+    torch.testing.assert_close(found.instances.scores, CALIBRATION.to_unit(found.instances.raw_scores))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10_000),
+    count=st.integers(0, 9),
+    shift=st.sampled_from([-20.0, 0.0, 20.0]),
+    name=st.sampled_from(["ugains", "hybrid"]),
+)
+def test_the_calibrated_ensemble_never_lowers_a_pixel(seed: int, count: int, shift: float, name: str) -> None:
+    masks, scores = random_masks(seed, count), random_scores(seed) + shift
+    confidence = np.linspace(0.9, 0.1, count // 2).tolist()
+    added = fuse(name, masks, scores, confidence).refined - scores
+    assert added.min() >= -1e-4
+    outside = ~masks.any(dim=0)
+    torch.testing.assert_close(added[outside], torch.zeros(int(outside.sum())), rtol=0, atol=0)
+
+
+def test_calibrated_ensemble_adds_what_lies_above_the_zero() -> None:
+    scores = torch.full((HEIGHT, WIDTH), -3.0)
+    masks = mask_of((0, 0, 10, 10), (5, 5, 20, 20))
+    refined = fuse("ugains", masks, scores).refined
+    assert (refined[0, 0].item(), refined[7, 7].item(), refined[30, 30].item()) == (-2.0, -1.0, -3.0)
+    # From calibrated 0.5 on, which is raw 0, these masks do not count.
+    assert torch.equal(fuse("ugains", masks, scores, floor_unit=0.5).refined, scores)
+
+
+def test_masks_on_the_ignore_mask_are_dropped_after_suppression() -> None:
+    ignore = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
+    ignore[30:] = True
+    scores = torch.zeros(HEIGHT, WIDTH)
+    scores[30:] = 3.0
+    # The first mask, on the hood, scores higher and suppresses the second before it is dropped itself.
+    masks = mask_of((0, 19, 10, 40), (0, 19, 10, 39), (20, 0, 30, 10), (40, 21, 50, 39))
+    found = fuse("ugains", masks, scores, ignore=ignore)
+    assert found.instances.area_px.tolist() == [180, 100]
+    assert found.instances.boxes_xyxy[0].tolist() == [40, 21, 50, 39]
+    assert (found.refined[30:] == -4.0).all()
+    assert len(fuse("ugains", masks, scores, ignore=ignore, ignore_overlap_px=90).instances) == 1
+
+
+@pytest.mark.parametrize("name", FUSIONS.names)
+def test_small_and_weak_instances_are_dropped(name: str) -> None:
+    masks = mask_of((0, 0, 10, 10), (20, 20, 23, 23))
+    assert fuse(name, masks, confidence=[0.9, 0.8], min_area_px=10).instances.area_px.tolist() == [100]
+    scores = torch.full((HEIGHT, WIDTH), -4.0)
+    scores[:10, :10] = 3.0
+    assert fuse(name, masks, scores, confidence=[0.9, 0.2], min_score=0.6).instances.area_px.tolist() == [100]
+
+
+@pytest.mark.parametrize("name", FUSIONS.names)
+def test_no_masks(name: str) -> None:
+    scores = random_scores(0)
+    found = fuse(name, mask_of(), scores)
+    assert len(found.instances) == 0
+    assert found.instances.masks.shape == (0, HEIGHT, WIDTH)
+    assert torch.equal(found.refined, torch.zeros_like(scores) if name == "s2m" else scores)
+
+
+@pytest.mark.parametrize("name", FUSIONS.names)
+def test_an_empty_mask_is_no_instance(name: str) -> None:
+    found = fuse(name, mask_of((0, 0, 0, 0), (0, 0, 9, 9)), random_scores(1), [0.9])
+    assert found.instances.area_px.tolist() == [81]
+    assert found.refined.isfinite().all()
+
+
+def test_hybrid_keeps_one_of_a_box_and_a_point_on_the_same_object() -> None:
+    masks = mask_of((0, 0, 20, 20), (40, 0, 50, 10), (0, 0, 20, 19), (40, 20, 50, 30))
+    found = fuse("hybrid", masks, confidence=[0.8, 0.6]).instances
+    # All means are raw 0, calibrated 0.5: the score is 0.25 + confidence / 2, and the lone point has no box to support it.
+    torch.testing.assert_close(found.scores, torch.tensor([0.65, 0.55, 0.25]))
+    assert found.area_px.tolist() == [400, 100, 100]
+    assert found.raw_scores.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_hybrid_point_masks_inherit_from_a_box_by_their_overlap() -> None:
+    masks = mask_of((0, 0, 20, 20), (0, 0, 20, 10))
+    found = fuse("hybrid", masks, confidence=[0.8]).instances
+    torch.testing.assert_close(found.scores, torch.tensor([0.65, 0.25 + 0.5 * 0.8 * 0.5]))
+
+
+def test_hybrid_without_box_weight_ranks_as_ugains() -> None:
+    masks, scores = random_masks(3, 8), random_scores(3)
+    hybrid, ugains = (fuse(name, masks, scores, [0.9, 0.4], box_weight=0.0) for name in ("hybrid", "ugains"))
+    assert torch.equal(hybrid.instances.masks, ugains.instances.masks)
+    torch.testing.assert_close(hybrid.refined, ugains.refined)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", FUSIONS.names)
+def test_the_gpu_gives_the_same(name: str) -> None:
+    masks, scores = random_masks(5, 8), random_scores(5)
+    prompts = Prompts(torch.zeros(4, 4), torch.linspace(0.9, 0.3, 4), torch.zeros(4, 2))
+    fusion = FUSIONS.get(name)(FusionConfig(name=name), CPU)
+    quality = torch.full((8,), torch.nan)
+    here = fusion(ScoreMap(scores, "test", CALIBRATION), prompts, Masks(masks, quality))
+    on_gpu = Prompts(prompts.boxes_xyxy.cuda(), prompts.confidence.cuda(), prompts.points_xy.cuda())
+    there = fusion(ScoreMap(scores.cuda(), "test", CALIBRATION), on_gpu, Masks(masks.cuda(), quality.cuda()))
+    assert torch.equal(there.instances.masks.cpu(), here.instances.masks)
+    torch.testing.assert_close(there.refined.cpu(), here.refined, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,459 @@
+"""Training of the prompt generator on score maps (``ood-seg train prompt-generator``; S2M section 3.4, Eq. 7).
+
+The published recipe is the preset ``s2m``; ``compact`` is ours for the small detector. Everything random in iteration k depends on
+(seed, k, rank) alone, so a resumed run equals one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import box_iou
+from tqdm import tqdm
+
+from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.prompts.networks.rcnn import InputMode, MapInput, compact_rcnn, s2m_rcnn
+from ros2_ood_seg.training.score_maps import LabelledMap, ScoreMaps
+from ros2_ood_seg.types import Calibration
+from ros2_ood_seg.weights.store import WeightFile, load_into, load_weights, save_weights
+
+SIZE_BINS_PX = (0.0, 16.0, 32.0, 96.0, float("inf"))
+"""Bounds of the square root of a box's area by which recall is reported, px of the map."""
+_CHECKPOINT = "last.pt"
+_FREE_TO_CHANGE = frozenset({"iterations", "checkpoint_every", "workers", "amp"})
+
+
+@dataclass(frozen=True)
+class PromptTraining:
+    """The recipe; the defaults are S2M's as released (detectron2 configuration and command line).
+
+    Args:
+        network: ``s2m`` (ResNet-50-FPN) or ``compact``.
+        input_mode: ``raw`` scores (published) or ``calibrated`` ones.
+        iterations: Steps in all.
+        batch_size: Maps per step and process.
+        learning_rate: After warm-up.
+        warmup_iterations: Steps of linear warm-up.
+        warmup_factor: The first step's rate as a fraction of ``learning_rate`` (released code 0.001, paper 0.04).
+        steps: Iterations after which the rate is multiplied by ``decay``.
+        decay: See ``steps``.
+        momentum: Of SGD.
+        weight_decay: Of SGD.
+        clip_norm: Greatest norm of the gradient, 0 for none.
+        noise: Scores are multiplied by 1 + noise * U(-1, 1), per pixel and channel (S2M Table 2: 0.01).
+        flip: Chance of a horizontal flip.
+        shortest_px: Maps are resized so that the shorter side is this (published: 800, longer at most 1333).
+        longest_px: See ``shortest_px``.
+        scale: Range of a further random factor of the size, log-uniform.
+        crop_hw: Random crop after resizing, (0, 0) for none.
+        fragments: Chance that smooth random patches of the map are dimmed, as scorers do inside real objects.
+        contrast: Range of the exponent applied to calibrated scores, log-uniform.
+        min_box_px: Shorter boxes are not labelled after resizing.
+        min_peak: Objects whose highest calibrated score is lower are not labelled: the map does not show them.
+        amp: bfloat16 autocast.
+        seed: Seed of weights and data.
+        workers: Processes that prepare batches, 0 for none.
+        checkpoint_every: Iterations between checkpoints.
+        held_out: Maps at the end of the set that are only used to measure recall.
+    """
+
+    network: Literal["s2m", "compact"] = "s2m"
+    input_mode: InputMode = "raw"
+    iterations: int = 148_300
+    batch_size: int = 4
+    learning_rate: float = 2.5e-3
+    warmup_iterations: int = 1000
+    warmup_factor: float = 1e-3
+    steps: tuple[int, ...] = (60_000, 80_000)
+    decay: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.0
+    noise: float = 0.01
+    flip: float = 0.5
+    shortest_px: int = 800
+    longest_px: int = 1333
+    scale: tuple[float, float] = (1.0, 1.0)
+    crop_hw: tuple[int, int] = (0, 0)
+    fragments: float = 0.0
+    contrast: tuple[float, float] = (1.0, 1.0)
+    min_box_px: float = 1.0
+    min_peak: float = 0.0
+    amp: bool = False
+    seed: int = 0
+    workers: int = 0
+    checkpoint_every: int = 500
+    held_out: int = 100
+
+    def __post_init__(self) -> None:
+        if self.network not in ("s2m", "compact"):
+            raise InputError(f"network is '{self.network}': use 's2m' or 'compact'")
+        for name in ("iterations", "batch_size", "checkpoint_every", "shortest_px", "longest_px"):
+            if getattr(self, name) < 1:
+                raise InputError(f"'{name}' is {getattr(self, name)}, allowed: 1 or more")
+        for name in ("noise", "flip", "fragments", "min_peak"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InputError(f"'{name}' is {getattr(self, name)}, allowed: a number from 0 to 1")
+        if self.contrast != (1.0, 1.0) and self.input_mode == "raw":
+            raise InputError("'contrast' needs calibrated scores: set input_mode to 'calibrated'")
+
+
+PRESETS = {
+    "s2m": PromptTraining(),
+    "compact": PromptTraining(
+        network="compact",
+        input_mode="calibrated",
+        iterations=2500,
+        batch_size=8,
+        learning_rate=0.02,
+        warmup_iterations=200,
+        steps=(1700, 2250),
+        clip_norm=10.0,
+        shortest_px=360,
+        longest_px=640,
+        scale=(0.7, 1.3),
+        crop_hw=(288, 512),
+        fragments=0.4,
+        contrast=(0.6, 1.6),
+        min_box_px=2.0,
+        min_peak=0.3,
+    ),
+}
+
+
+def build_network(recipe: PromptTraining, *, pretrained: bool = False) -> tuple[nn.Module, MapInput]:
+    """The detector and its input for a recipe.
+
+    Args:
+        recipe: Network and input mode.
+        pretrained: Whether its backbone will be given weights: then the batch norms stay frozen, and stem and first stage too.
+    """
+    if recipe.network == "compact":
+        if recipe.input_mode == "raw":
+            raise InputError("the compact prompt generator takes calibrated scores: set input_mode to 'calibrated'")
+        map_input = MapInput.calibrated()
+        return compact_rcnn(map_input), map_input
+    map_input = MapInput.published() if recipe.input_mode == "raw" else MapInput.calibrated(3)
+    network = s2m_rcnn(map_input, num_classes=1, frozen_norm=pretrained)
+    if pretrained:
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(not name.startswith(("backbone.body.conv1", "backbone.body.layer1")))
+    return network, map_input
+
+
+def learning_rate(recipe: PromptTraining, iteration: int) -> float:
+    """Linear warm-up, then steps (detectron2's WarmupMultiStepLR)."""
+    progress = min(1.0, iteration / recipe.warmup_iterations) if recipe.warmup_iterations else 1.0
+    warm = recipe.warmup_factor * (1.0 - progress) + progress
+    return recipe.learning_rate * warm * recipe.decay ** sum(iteration >= step for step in recipe.steps)
+
+
+def augmented(entry: LabelledMap, calibration: Calibration, recipe: PromptTraining, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """One training example.
+
+    Returns:
+        (C, h, w) float32 scores, C the network's channels; (N, 4) float32 boxes px of it.
+    """
+    scores = torch.from_numpy(entry.scores)
+    scores = calibration.to_unit(scores) if recipe.input_mode == "calibrated" else scores
+    boxes = torch.from_numpy(entry.boxes_xyxy[entry.peaks >= recipe.min_peak]).reshape(-1, 4)
+    height, width = scores.shape
+    factor = min(recipe.shortest_px / min(height, width), recipe.longest_px / max(height, width)) * _log_uniform(rng, recipe.scale)
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    if size != (height, width):
+        scores = F.interpolate(scores[None, None], size=size, mode="bilinear", antialias=factor < 1.0)[0, 0]
+        boxes = boxes * boxes.new_tensor([size[1] / width, size[0] / height]).repeat(2)
+    scores, boxes = _cropped(scores, boxes, recipe.crop_hw, rng)
+    if rng.random() < recipe.flip:
+        scores, boxes = scores.flip(1), _flipped(boxes, scores.shape[1])
+    if recipe.contrast != (1.0, 1.0):
+        scores = scores ** _log_uniform(rng, recipe.contrast)
+    if rng.random() < recipe.fragments:
+        scores = scores * _dimming(tuple(scores.shape), rng)
+    channels = 3 if recipe.network == "s2m" else 1
+    noise = torch.from_numpy(rng.uniform(-1.0, 1.0, (channels, *scores.shape)).astype(np.float32))
+    scores = scores * (1.0 + recipe.noise * noise)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return scores, boxes[(sides >= recipe.min_box_px).all(dim=1)]
+
+
+class Batches(Dataset[tuple[list[Tensor], list[dict[str, Tensor]]]]):
+    """Batch k of a run; item k is always the same for the same maps, recipe and rank."""
+
+    def __init__(self, maps: ScoreMaps, recipe: PromptTraining, start: int = 0, rank: int = 0) -> None:
+        self.maps, self.recipe, self.start, self.rank = maps, recipe, start, rank
+
+    def __len__(self) -> int:
+        return max(0, self.recipe.iterations - self.start)
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        rng = np.random.default_rng([self.recipe.seed, self.start + index, self.rank])
+        images, targets = [], []
+        for k in rng.integers(len(self.maps), size=self.recipe.batch_size):
+            scores, boxes = augmented(self.maps[int(k)], self.maps.calibration, self.recipe, rng)
+            images.append(scores)
+            targets.append({"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64)})
+        return images, targets
+
+
+def train_prompt_generator(
+    maps: ScoreMaps,
+    recipe: PromptTraining,
+    output: Path,
+    *,
+    device: torch.device | None = None,
+    init: Path | None = None,
+    extra_metadata: dict[str, Any] | None = None,
+) -> Path:
+    """Trains, going on from ``output/last.pt`` when it is there.
+
+    Under ``torchrun`` every process trains on its own batches and the first one writes.
+
+    Args:
+        maps: Score maps and boxes; the last ``recipe.held_out`` only measure.
+        recipe: Everything else.
+        output: Folder for ``last.pt``, ``log.csv`` and the final ``prompt_generator.safetensors``.
+        device: Where to train; CPU when None.
+        init: Prompt generator weights or, for ``s2m``, ImageNet weights of torchvision's ResNet-50 to start from.
+        extra_metadata: Stored beside the weights.
+
+    Returns:
+        The final weights file, which ``prompts.boxes.weights`` takes.
+
+    Raises:
+        InputError: Too few maps, weights of another network, a checkpoint of another recipe; or the loss is not finite.
+    """
+    device = device or torch.device("cpu")
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    training, measured = maps.split(recipe.held_out)
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    network, map_input = build_network(recipe, pretrained=init is not None)
+    if init is not None:
+        start_from(network, load_weights(init))
+    network = network.to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        [p for p in network.parameters() if p.requires_grad],
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
+    done = _resume(output / _CHECKPOINT, network, optimizer, recipe, device)
+    parallel: nn.Module = network
+    with _process_group(world, device):
+        if world > 1:
+            parallel = nn.parallel.DistributedDataParallel(network, [device.index] if device.type == "cuda" else None)
+        loader = DataLoader(Batches(training, recipe, done, rank), batch_size=None, num_workers=recipe.workers)
+        progress = tqdm(loader, total=recipe.iterations, initial=done, desc="prompt generator", mininterval=10, disable=rank > 0)
+        started = time.monotonic()
+        for images, targets in progress:
+            losses = _step(parallel, optimizer, images, targets, recipe, done, rank, device)
+            done += 1
+            if done % 20 == 0 and rank == 0:
+                progress.set_postfix(loss=f"{sum(losses.values()):.3f}")
+                row = {"iteration": done, "seconds": time.monotonic() - started, "learning_rate": optimizer.param_groups[0]["lr"]}
+                _log(output / "log.csv", {**row, **losses})
+            if (done % recipe.checkpoint_every == 0 or done == recipe.iterations) and rank == 0:
+                _save_checkpoint(output / _CHECKPOINT, network, optimizer, recipe, done)
+                if len(measured):
+                    _log(output / "recall.csv", {"iteration": done, **recall_by_size(network, measured, recipe, device)})
+    path = output / "prompt_generator.safetensors"
+    if rank == 0:
+        metadata = {"network": recipe.network, "map_input": map_input.to_dict(), "input_width": _input_width(maps, recipe)}
+        save_weights(path, network.state_dict(), {**metadata, "recipe": asdict(recipe), **(extra_metadata or {})})
+    return path
+
+
+def start_from(network: nn.Module, weights: WeightFile) -> None:
+    """Loads a whole prompt generator, or the backbone from a torchvision ResNet-50.
+
+    Raises:
+        WeightsError: Neither fits.
+    """
+    whole = any(key.startswith("rpn.") for key in weights.state)
+    target = network if whole else cast("nn.Module", cast("nn.Module", network.backbone).body)
+    own = target.state_dict()
+    # The classifier of ImageNet has no use here, and frozen batch norms do not count batches.
+    state = {k: v for k, v in weights.state.items() if k in own or not (k.startswith("fc.") or k.endswith("num_batches_tracked"))}
+    load_into(target, WeightFile(weights.path, state, weights.metadata), "prompt generator" if whole else "torchvision ResNet-50")
+
+
+@torch.no_grad()
+def detect(network: nn.Module, scores: Tensor, recipe: PromptTraining) -> tuple[Tensor, Tensor]:
+    """Boxes px of ``scores`` (h, w) and their confidence, at the size that the recipe trains on."""
+    height, width = scores.shape
+    factor = min(recipe.shortest_px / min(height, width), recipe.longest_px / max(height, width))
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    network.eval()
+    resized = F.interpolate(scores[None, None], size=size, mode="bilinear", antialias=factor < 1.0)[0]
+    found = network([resized])[0]
+    return found["boxes"] * found["boxes"].new_tensor([width / size[1], height / size[0]]).repeat(2), found["scores"]
+
+
+def recall_by_size(network: nn.Module, maps: ScoreMaps, recipe: PromptTraining, device: torch.device) -> dict[str, float]:
+    """Share of objects with a box of IoU >= 0.5, in all and by size, and boxes per map, at the published confidence of 0.05."""
+    sides, hits, count = [], [], 0
+    for k in range(len(maps)):
+        entry = maps[k]
+        scores = torch.from_numpy(entry.scores).to(device)
+        scores = maps.calibration.to_unit(scores) if recipe.input_mode == "calibrated" else scores
+        boxes, _ = detect(network, scores, recipe)
+        truth = torch.from_numpy(entry.boxes_xyxy).to(device)
+        hits.append(found_boxes(truth, boxes).cpu())
+        sides.append((truth[:, 2:] - truth[:, :2]).prod(1).sqrt().cpu())
+        count += len(boxes)
+    side, hit = torch.cat(sides), torch.cat(hits).float()
+    result = {"recall": float(hit.mean()) if len(hit) else float("nan"), "boxes_per_map": count / len(maps)}
+    for low, high in pairwise(SIZE_BINS_PX):
+        inside = hit[(side >= low) & (side < high)]
+        result[f"recall_from_{low:g}px"] = float(inside.mean()) if len(inside) else float("nan")
+    return result
+
+
+def found_boxes(truth_xyxy: Tensor, boxes_xyxy: Tensor, iou: float = 0.5) -> Tensor:
+    """(N,) bool: which of the N true boxes have a detected one with at least this IoU."""
+    if len(boxes_xyxy) == 0:
+        return torch.zeros(len(truth_xyxy), dtype=torch.bool, device=truth_xyxy.device)
+    return cast("Tensor", box_iou(truth_xyxy, boxes_xyxy).amax(dim=1) >= iou)
+
+
+def contact_sheet(maps: ScoreMaps, recipe: PromptTraining, count: int = 16, columns: int = 4) -> NDArray[np.uint8]:
+    """The first training examples with their boxes, (H, W, 3) uint8 RGB; scores from black (0 or the least) to white."""
+    tiles = []
+    for k in range(min(count, len(maps))):
+        scores, boxes = augmented(maps[k], maps.calibration, recipe, np.random.default_rng([recipe.seed, k]))
+        grey = scores[0].numpy()
+        low, high = (0.0, 1.0) if recipe.input_mode == "calibrated" else (float(grey.min()), float(grey.max()) + 1e-6)
+        tile = cv2.cvtColor((255 * np.clip((grey - low) / (high - low), 0, 1)).astype(np.uint8), cv2.COLOR_GRAY2RGB)
+        for x0, y0, x1, y1 in boxes.round().int().tolist():
+            cv2.rectangle(tile, (x0, y0), (x1 - 1, y1 - 1), (255, 200, 0), 1)
+        tiles.append(np.asarray(cv2.resize(tile, (400, 225), interpolation=cv2.INTER_AREA), np.uint8))
+    if not tiles:
+        raise InputError("a contact sheet needs at least one score map")
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    return np.vstack([np.hstack(tiles[k : k + columns]) for k in range(0, len(tiles), columns)])
+
+
+def _step(
+    network: nn.Module,
+    optimizer: torch.optim.SGD,
+    images: Sequence[Tensor],
+    targets: Sequence[dict[str, Tensor]],
+    recipe: PromptTraining,
+    iteration: int,
+    rank: int,
+    device: torch.device,
+) -> dict[str, float]:
+    # The detector samples anchors and proposals from torch's generator.
+    torch.manual_seed(hash((recipe.seed, iteration, rank)) % 2**63)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(recipe, iteration)
+    network.train()
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
+        losses = network([image.to(device) for image in images], [{k: v.to(device) for k, v in t.items()} for t in targets])
+    total = sum(losses.values(), torch.zeros((), device=device))
+    if not torch.isfinite(total):
+        raise InputError(f"the loss is {total.item()} at iteration {iteration}: lower the learning rate ({recipe.learning_rate})")
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    if recipe.clip_norm:
+        nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
+    optimizer.step()
+    return {name: float(value.detach()) for name, value in losses.items()}
+
+
+def _cropped(scores: Tensor, boxes: Tensor, crop_hw: tuple[int, int], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    height, width = scores.shape
+    if crop_hw == (0, 0):
+        return scores, boxes
+    h, w = min(height, crop_hw[0]), min(width, crop_hw[1])
+    y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+    shifted = boxes - boxes.new_tensor([x, y]).repeat(2)
+    clipped = shifted.clamp(min=0).minimum(boxes.new_tensor([w, h]).repeat(2))
+    # A sliver at the border is no example of its object.
+    visible = (clipped[:, 2:] - clipped[:, :2]).clamp(min=0).prod(1) / (shifted[:, 2:] - shifted[:, :2]).prod(1)
+    return scores[y : y + h, x : x + w], clipped[visible > 0.2]
+
+
+def _flipped(boxes: Tensor, width: int) -> Tensor:
+    return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
+
+
+def _dimming(shape_hw: tuple[int, ...], rng: np.random.Generator) -> Tensor:
+    """(h, w) factors in [0.2, 1]: smooth patches of random size."""
+    cells = int(rng.integers(4, 24))
+    coarse = torch.from_numpy(rng.random((1, 1, cells, 2 * cells)).astype(np.float32))
+    smooth = F.interpolate(coarse, size=shape_hw, mode="bicubic")[0, 0].clamp(0, 1)
+    depth = float(rng.uniform(0.2, 0.8))
+    return 1.0 - depth * ((smooth - 0.55) / 0.2).clamp(0, 1)
+
+
+def _log_uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
+    return float(np.exp(rng.uniform(np.log(bounds[0]), np.log(bounds[1]))))
+
+
+def _input_width(maps: ScoreMaps, recipe: PromptTraining) -> int:
+    """Width at which maps like the trained ones reach ``shortest_px``; published weights run at the map's own."""
+    if recipe.network == "s2m" and recipe.input_mode == "raw":
+        return 0
+    height, width = maps[0].scores.shape
+    return round(width * min(recipe.shortest_px / min(height, width), recipe.longest_px / max(height, width)))
+
+
+def _resume(path: Path, network: nn.Module, optimizer: torch.optim.SGD, recipe: PromptTraining, device: torch.device) -> int:
+    if not path.is_file():
+        return 0
+    saved = torch.load(path, map_location=device, weights_only=True)
+    changed = [
+        f"{key} {saved['recipe'].get(key)} instead of {value}"
+        for key, value in asdict(recipe).items()
+        if key not in _FREE_TO_CHANGE and saved["recipe"].get(key) != value
+    ]
+    if changed:
+        raise InputError(f"checkpoint '{path}' is of another recipe ({'; '.join(changed)}): choose another output folder")
+    network.load_state_dict(saved["network"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return int(saved["iteration"])
+
+
+def _save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.SGD, recipe: PromptTraining, done: int) -> None:
+    partial = path.with_suffix(".partial")
+    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "recipe": asdict(recipe), "iteration": done}
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def _log(path: Path, values: dict[str, float]) -> None:
+    new = not path.is_file()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(values)
+        writer.writerow([f"{value:.6g}" for value in values.values()])
+
+
+@contextlib.contextmanager
+def _process_group(world: int, device: torch.device) -> Iterator[None]:
+    if world == 1:
+        yield
+        return
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,166 @@
+"""The prompt generator around the detector: input modes, scales, tiles and the ignore mask, with a detector of known answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ros2_ood_seg.config import BoxPromptsConfig
+from ros2_ood_seg.errors import InputError, WeightsError
+from ros2_ood_seg.prompts import BOX_PROMPTS
+from ros2_ood_seg.prompts.faster_rcnn import Detector, RcnnBoxes, build, build_compact
+from ros2_ood_seg.prompts.networks.rcnn import MapInput, compact_rcnn
+from ros2_ood_seg.runtime import Runtime
+from ros2_ood_seg.types import Calibration, ScoreMap
+from ros2_ood_seg.weights.store import save_weights
+
+CPU = Runtime(torch.device("cpu"))
+CALIBRATION = Calibration((-10.0, 0.0), (0.0, 1.0))
+
+
+class HotBox(nn.Module):
+    """Answers with the tight box around what exceeds a level, and remembers its input."""
+
+    def __init__(self, level: float) -> None:
+        super().__init__()
+        self.level = level
+        self.seen: list[Tensor] = []
+        self.roi_heads = nn.Module()
+        self.roi_heads.nms_thresh = 0.5  # type: ignore[assignment]
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        (image,) = images
+        self.seen.append(image)
+        rows, columns = torch.nonzero(image[0] > self.level, as_tuple=True)
+        if not len(rows):
+            return [{"boxes": torch.zeros(0, 4), "scores": torch.zeros(0)}]
+        box = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
+        return [{"boxes": box[None], "scores": torch.tensor([0.9])}]
+
+
+def score_map(boxes: list[tuple[int, int, int, int]], height: int = 120, width: int = 240, hot: float = -1.0) -> ScoreMap:
+    scores = torch.full((height, width), -9.0)
+    for x0, y0, x1, y1 in boxes:
+        scores[y0:y1, x0:x1] = hot
+    return ScoreMap(scores, "test", CALIBRATION)
+
+
+def generator(mode: str = "calibrated", input_width: int = 0, **settings: object) -> tuple[RcnnBoxes, HotBox]:
+    detector = HotBox(0.5 if mode == "calibrated" else -5.0)
+    map_input = MapInput.calibrated() if mode == "calibrated" else MapInput.published()
+    return RcnnBoxes(Detector(detector, map_input, input_width), BoxPromptsConfig(**settings), CPU), detector
+
+
+@pytest.mark.parametrize(("mode", "cold", "hot"), [("raw", -9.0, -1.0), ("calibrated", 0.1, 0.9)])
+def test_detector_sees_the_scores_its_weights_were_trained_on(mode: str, cold: float, hot: float) -> None:
+    generate, detector = generator(mode)
+    prompts = generate(score_map([(30, 10, 90, 50)]))
+    assert prompts.boxes_xyxy.tolist() == [[30, 10, 90, 50]]
+    assert prompts.confidence.tolist() == pytest.approx([0.9])
+    assert prompts.num_points == 0
+    assert detector.seen[0].shape == (1, 120, 240)
+    assert detector.seen[0].unique().tolist() == pytest.approx([cold, hot])
+
+
+@pytest.mark.parametrize("input_width", [120, 480])
+def test_boxes_come_back_in_the_maps_pixels(input_width: int) -> None:
+    generate, detector = generator(input_width=input_width)
+    boxes = generate(score_map([(30, 10, 90, 50)])).boxes_xyxy
+    assert detector.seen[0].shape == (1, input_width // 2, input_width)
+    torch.testing.assert_close(boxes, torch.tensor([[30.0, 10.0, 90.0, 50.0]]), atol=2.0, rtol=0)
+
+
+def test_setting_overrides_the_width_of_the_weights() -> None:
+    detector = HotBox(0.5)
+    RcnnBoxes(Detector(detector, MapInput.calibrated(), 480), BoxPromptsConfig(input_width=60), CPU)(score_map([]))
+    assert detector.seen[0].shape == (1, 30, 60)
+
+
+def test_empty_map_gives_no_boxes() -> None:
+    prompts = generator()[0](score_map([]))
+    assert len(prompts) == 0
+    assert prompts.boxes_xyxy.shape == (0, 4)
+    ignore = torch.ones(120, 240, dtype=torch.bool)
+    assert len(generator(tiles=2)[0](score_map([]), ignore)) == 0
+
+
+@pytest.mark.parametrize("mode", ["raw", "calibrated"])
+def test_ignored_pixels_score_zero_and_boxes_mostly_inside_are_dropped(mode: str) -> None:
+    generate, detector = generator(mode)
+    ignore = torch.zeros(120, 240, dtype=torch.bool)
+    ignore[:, 100:] = True
+    prompts = generate(score_map([(30, 10, 90, 50), (150, 60, 200, 100)]), ignore)
+    assert prompts.boxes_xyxy.tolist() == [[30, 10, 90, 50]]
+    assert detector.seen[0][0, 80, 170].item() == pytest.approx(0.0 if mode == "calibrated" else -10.0)
+
+    class Fixed(HotBox):
+        def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+            return [{"boxes": torch.tensor([[80.0, 0.0, 110.0, 20.0], [95.0, 0.0, 120.0, 20.0]]), "scores": torch.tensor([0.9, 0.8])}]
+
+    fixed = RcnnBoxes(Detector(Fixed(0.5), MapInput.calibrated(), 0), BoxPromptsConfig(), CPU)
+    assert fixed(score_map([]), ignore).boxes_xyxy.tolist() == [[80, 0, 110, 20]]
+
+
+def test_tiles_enlarge_and_drop_what_their_borders_cut() -> None:
+    generate, detector = generator(input_width=240, tiles=2)
+    # One small object in the upper right tile alone, the other across all of them.
+    boxes = generate(score_map([(200, 10, 210, 16)])).boxes_xyxy
+    # A tile covers 4/7 of each side.
+    assert [tuple(x.shape[1:]) for x in detector.seen] == [(120, 240)] + [(121, 240)] * 4
+    torch.testing.assert_close(boxes, torch.tensor([[200.0, 10.0, 210.0, 16.0]]), atol=1.0, rtol=0)
+    across = generate(score_map([(20, 10, 220, 110)])).boxes_xyxy
+    assert across.tolist() == [[20, 10, 220, 110]]
+
+
+def test_margin_widens_within_the_image() -> None:
+    generate, _ = generator(margin=0.5)
+    assert generate(score_map([(10, 20, 50, 40)])).boxes_xyxy.tolist() == [[0, 10, 70, 50]]
+
+
+def test_weights_of_another_mode_are_refused() -> None:
+    with pytest.raises(InputError, match="input_mode is 'raw' but the weights were trained on 'calibrated'"):
+        generator(input_mode="raw")
+
+
+@pytest.fixture
+def compact_weights(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "generator.safetensors"
+    map_input = MapInput.calibrated()
+    save_weights(path, compact_rcnn().state_dict(), {"network": "compact", "map_input": map_input.to_dict(), "input_width": 96})
+    return path
+
+
+@pytest.mark.parametrize("factory", [build, build_compact])
+def test_weights_file_says_which_network_it_is(factory: Callable[..., RcnnBoxes], compact_weights: Path) -> None:
+    generate = factory(BoxPromptsConfig(weights=str(compact_weights), min_confidence=0.0, max_boxes=5), CPU)
+    prompts = generate(score_map([(30, 10, 90, 50)]))
+    assert 1 <= prompts.num_boxes <= 5
+    assert (prompts.confidence.diff() <= 0).all()
+    assert (prompts.boxes_xyxy >= 0).all()
+    assert (prompts.boxes_xyxy[:, 2] <= 240).all()
+    assert (prompts.boxes_xyxy[:, 3] <= 120).all()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "no prompt generator"),
+        ({"network": "other", "map_input": MapInput.calibrated().to_dict(), "input_width": 96}, "prompt generator 'other'"),
+        ({"network": "s2m", "map_input": MapInput.published().to_dict(), "input_width": 0}, "not of the family"),
+    ],
+)
+def test_other_weights_are_refused(metadata: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_weights(path, compact_rcnn().state_dict(), metadata)
+    with pytest.raises(WeightsError, match=message):
+        build_compact(BoxPromptsConfig(weights=str(path)), CPU)
+
+
+def test_both_names_are_registered() -> None:
+    assert BOX_PROMPTS.get("faster_rcnn") is build
+    assert BOX_PROMPTS.get("compact_rcnn") is build_compact

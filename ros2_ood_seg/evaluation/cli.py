@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ros2_ood_seg.config import load_profile
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component, pixel
 from ros2_ood_seg.evaluation.datasets import LAYOUTS, open_dataset
-from ros2_ood_seg.evaluation.evaluate import Evaluation, Options, dataset_stamp
+from ros2_ood_seg.evaluation.evaluate import Evaluation, Options, dataset_stamp, load_frames
 from ros2_ood_seg.pipeline import Pipeline
 
 
@@ -68,13 +67,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
         {"dataset": dataset_stamp(dataset), "external": str(args.external or "")},
         len(dataset) * first.label.size,
     )
-    for source in tqdm(dataset.sources, desc=f"{config.profile} on {dataset.name}", unit="image"):
-        if evaluation.reuse(source.name):
-            continue
-        start = time.perf_counter()
-        frame = dataset.load(source)
-        external = read_map(args.external / f"{source.name}.npy") if args.external else None
-        evaluation.add(frame, external, (time.perf_counter() - start) * 1e3)
+    missing = [source for source in dataset.sources if not evaluation.has(source.name)]
+    with tqdm(total=len(dataset), initial=len(dataset) - len(missing), desc=f"{config.profile} on {dataset.name}", unit="image") as bar:
+        for frame, load_ms in load_frames(dataset, missing, evaluation.overlap):
+            evaluation.add(frame, read_map(args.external / f"{frame.name}.npy") if args.external else None, load_ms)
+            bar.update()
+    evaluation.order(source.name for source in dataset.sources)
     report = evaluation.report(dataset.name, dataset.instance_rule)
     output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     evaluation.finish()

@@ -61,12 +61,14 @@ def match(predicted: NDArray[np.bool_], label: NDArray[np.uint8], minimum: Minim
         label: (H, W) uint8: 0 normal, 1 anomaly, 255 ignore.
         minimum: Least sizes; ``Minimum(0, ...)`` for the benchmark's way with masks that are not made by a threshold.
     """
-    truth = components(label == 1)
-    found = components(predicted & (label != 255))
-    found[np.bincount(found.ravel())[found] < minimum.predicted_px] = 0
-    valid = (label != 255) & (np.bincount(truth.ravel())[truth] >= minimum.truth_px)
-    shape = (int(truth.max()) + 1, int(found.max()) + 1)
-    joint = np.bincount(truth[valid].astype(np.int64) * shape[1] + found[valid], minlength=shape[0] * shape[1]).reshape(shape)
+    truth, found = components(label == 1), components(predicted & (label != 255))
+    somewhere = (truth > 0) | (found > 0)
+    truth, found = truth[somewhere], found[somewhere]
+    found[np.bincount(found)[found] < minimum.predicted_px] = 0
+    ignored = (truth > 0) & (np.bincount(truth)[truth] < minimum.truth_px)
+    truth, found = truth[~ignored].astype(np.int64), found[~ignored]
+    shape = (int(truth.max(initial=0)) + 1, int(found.max(initial=0)) + 1)
+    joint = np.bincount(truth * shape[1] + found, minlength=shape[0] * shape[1]).reshape(shape)
     # Row and column 0 are background; the others vanish where they were dropped or ignored.
     joint = joint[np.append(True, joint[1:].any(axis=1))][:, np.append(True, joint[:, 1:].any(axis=0))]
     truth_px, found_px = joint.sum(axis=1)[1:], joint.sum(axis=0)[1:]

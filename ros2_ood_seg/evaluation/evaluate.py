@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import ros2_ood_seg
 from ros2_ood_seg.config import PipelineConfig, iter_settings
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component
-from ros2_ood_seg.evaluation.datasets import DataSet, LabelledImage
+from ros2_ood_seg.evaluation.datasets import DataSet, LabelledImage, Source
 from ros2_ood_seg.evaluation.measure import Maps, PartStore, instances_json, measure
 from ros2_ood_seg.evaluation.pixel import FprRule
 from ros2_ood_seg.evaluation.report import build_report
@@ -74,20 +75,25 @@ class Evaluation:
         self.store = PartStore(work, {**stamp, **(fingerprint or {})})
         self._names: dict[str, None] = {}
         self._warm = False
+        # On a CPU the work beside the pipeline would slow it down and so spoil its times.
+        self.overlap = pipeline.runtime.device.type != "cpu"
+        self._worker = ThreadPoolExecutor(1, "measure")
+        self._measuring: Future[None] | None = None
         if options.save is not None:
             for folder in ("score", "refined", "instances"):
                 (options.save / folder).mkdir(parents=True, exist_ok=True)
 
-    def reuse(self, name: str) -> bool:
-        """Takes over a frame that an earlier run finished, saved files included; False when there is none."""
+    def has(self, name: str) -> bool:
+        """Whether an earlier run finished this frame, saved files included."""
         save = self.options.save
-        if not self.store.has(name) or (save is not None and not (save / "instances" / f"{name}.json").is_file()):
-            return False
-        self._names[name] = None
-        return True
+        return self.store.has(name) and (save is None or (save / "instances" / f"{name}.json").is_file())
+
+    def order(self, names: Iterable[str]) -> None:
+        """Sets which finished frames are reported, in this order; without it those of :meth:`add`, in the order of the calls."""
+        self._names = dict.fromkeys(names)
 
     def add(self, frame: LabelledImage, external: NDArray[np.float32] | None = None, load_ms: float = 0.0) -> FrameResult:
-        """Runs and measures one frame.
+        """Runs one frame and measures it, on a GPU in the background while the next one runs.
 
         Args:
             frame: With its ground truth; the report keeps the order of the calls.
@@ -98,7 +104,7 @@ class Evaluation:
             What the pipeline said.
 
         Raises:
-            InputError: A name that came before, or an image or score map that cannot be used.
+            InputError: A name that came before, or an image or score map that cannot be used, of this frame or of the one before.
         """
         if frame.name in self._names:
             raise InputError(f"two frames are named '{frame.name}'; names must be unique")
@@ -106,6 +112,20 @@ class Evaluation:
             self.pipeline.warm_up(*frame.label.shape)
             self._warm = True
         result = self.pipeline.run(frame.image, external)
+        self._wait()
+        self._names[frame.name] = None
+        self._measuring = self._worker.submit(self._measure, frame, result, load_ms)
+        if not self.overlap:
+            self._wait()
+        return result
+
+    def _wait(self) -> None:
+        """Waits for the frame in the worker and raises what it raised."""
+        if self._measuring is not None:
+            measuring, self._measuring = self._measuring, None
+            measuring.result()
+
+    def _measure(self, frame: LabelledImage, result: FrameResult, load_ms: float) -> None:
         start = time.perf_counter()
         config = self.pipeline.config
         maps = Maps.from_result(result, config.fusion.name == "s2m", config.prompts.boxes.method != "none")
@@ -115,8 +135,6 @@ class Evaluation:
         picture = _picture(frame, result)
         outside = {"load": load_ms, "measure": (time.perf_counter() - start) * 1e3}
         self.store.save(figures, score, refined, picture, result.timings_ms, outside, (maps.refined, frame.label) if self.exact else None)
-        self._names[frame.name] = None
-        return result
 
     def report(self, dataset: str, instance_rule: str = "as labelled") -> dict[str, Any]:
         """Pools everything that was measured.
@@ -133,6 +151,7 @@ class Evaluation:
         """
         if not self._names:
             raise InputError(f"data set '{dataset}' gave no frames to evaluate")
+        self._wait()
         options = self.options
         return build_report(
             self.store,
@@ -148,6 +167,7 @@ class Evaluation:
 
     def finish(self) -> None:
         """Removes the folder of finished frames."""
+        self._worker.shutdown()
         self.store.clear()
 
 
@@ -209,6 +229,27 @@ def evaluate_frames(
     report = evaluation.report(dataset)
     evaluation.finish()
     return report
+
+
+def load_frames(dataset: DataSet, sources: Iterable[Source], ahead: bool) -> Iterator[tuple[LabelledImage, float]]:
+    """Frames and the milliseconds that reading each took; with ``ahead`` the next one is read while the caller works on this one."""
+
+    def load(source: Source) -> tuple[LabelledImage, float]:
+        start = time.perf_counter()
+        frame = dataset.load(source)
+        return frame, (time.perf_counter() - start) * 1e3
+
+    if not ahead:
+        yield from map(load, sources)
+        return
+    with ThreadPoolExecutor(1, "load") as reader:
+        reading: Future[tuple[LabelledImage, float]] | None = None
+        for source in sources:
+            before, reading = reading, reader.submit(load, source)
+            if before is not None:
+                yield before.result()
+        if reading is not None:
+            yield reading.result()
 
 
 def dataset_stamp(dataset: DataSet) -> list[list[str | int]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,8 @@ Prediction = list[tuple[NDArray[np.bool_], float]]
 def cityscapes(tmp_path: Path, truths: list[NDArray[np.int32]], predictions: list[Prediction]) -> tuple[float, float]:
     """AP and AP50 of the official evaluator, with one class and a minimum region of 10 px as OoDIS sets it."""
     # The evaluator still calls numpy.in1d, which NumPy 2.4 removed.
-    if not hasattr(np, "in1d"):
-        np.in1d = np.isin  # type: ignore[attr-defined]
-    from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as official
-
+    vars(np).setdefault("in1d", np.isin)
+    official = importlib.import_module("cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling")
     folder = tmp_path / "official"
     folder.mkdir(exist_ok=True)
     truth_files, prediction_files = [], []

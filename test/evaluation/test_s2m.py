@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,7 +29,7 @@ def reference(maps: list[NDArray[np.float64]], labels: list[NDArray[np.uint8]], 
     return {
         "iou": float(mean_iou[0]),
         "iou_best": float(max(mean_iou)),
-        "auiou": float(np.trapezoid(mean_iou, np.linspace(0, 1, 101)) if hasattr(np, "trapezoid") else np.trapz(mean_iou, dx=0.01)),
+        "auiou": float(sum((a + b) / 2 * 0.01 for a, b in pairwise(mean_iou))),
         "mean_f1": float(np.mean(mean_f1)),
     }
 

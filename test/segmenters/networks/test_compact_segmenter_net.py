@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import mobilenet_v2
+
+from ros2_ood_seg.errors import WeightsError
+from ros2_ood_seg.segmenters.networks.compact import INPUT_CHANNELS, CompactNet, fold_batch_norm
+from ros2_ood_seg.weights import WeightFile, load_weights
+
+
+def test_shapes_and_size() -> None:
+    net = CompactNet()
+    logits, quality = net(torch.zeros(2, INPUT_CHANNELS, 96, 64))
+    assert logits.shape == (2, 1, 48, 32)
+    assert quality.shape == (2,)
+    assert sum(parameter.numel() for parameter in net.parameters()) < 3_000_000
+
+
+def test_folding_leaves_the_function() -> None:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    norm = block[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    image = torch.randn(1, 3, 9, 9)
+    before = block(image)
+    torch.testing.assert_close(fold_batch_norm(block)(image), before)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in block)
+
+
+def test_the_encoder_starts_as_the_imagenet_network() -> None:
+    torch.manual_seed(0)
+    features = mobilenet_v2(weights=None).features.eval()
+    net = CompactNet().eval()
+    net.load_imagenet(WeightFile(Path("start.safetensors"), features.state_dict(), {}))
+    crops = torch.rand(1, INPUT_CHANNELS, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(net.encoder(crops), features[:18](crops[:, :3]), rtol=1e-4, atol=1e-5)
+
+
+def test_other_start_weights_are_refused() -> None:
+    with pytest.raises(WeightsError, match="'other.safetensors' must hold torchvision's mobilenet_v2"):
+        CompactNet().load_imagenet(WeightFile(Path("other.safetensors"), {"a": torch.zeros(1)}, {}))
+
+
+def test_real_start_weights_load(shared_dir: Path) -> None:
+    net = CompactNet().eval()
+    net.load_imagenet(load_weights(shared_dir / "weights/mobilenet_v2/mobilenet_v2_imagenet_features.safetensors"))
+    with torch.no_grad():
+        assert torch.isfinite(net(torch.rand(1, INPUT_CHANNELS, 64, 64))[0]).all()

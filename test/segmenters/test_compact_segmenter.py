@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ros2_ood_seg.config import SegmenterConfig
+from ros2_ood_seg.errors import InputError, WeightsError
+from ros2_ood_seg.runtime import Runtime
+from ros2_ood_seg.segmenters import SEGMENTERS
+from ros2_ood_seg.segmenters.compact import CompactSegmenter, _extent, from_network
+from ros2_ood_seg.segmenters.networks.compact import CompactNet
+from ros2_ood_seg.types import Prompts, boxes_from_masks
+from ros2_ood_seg.weights import save_weights
+
+CPU = Runtime(torch.device("cpu"))
+NAN = float("nan")
+
+
+class PromptEcho(CompactNet):
+    """Returns the prompts as masks: what goes in must come out at the same place of the image."""
+
+    def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        maps = F.avg_pool2d(crops[:, 3:].amax(dim=1, keepdim=True), 2)
+        return maps - 0.5, maps.mean(dim=(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> CompactSegmenter:
+    torch.manual_seed(0)
+    return from_network(CompactNet(), CPU, batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def echo() -> CompactSegmenter:
+    return from_network(PromptEcho(), CPU)
+
+
+def some_image(height: int = 90, width: int = 120) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def some_prompts() -> Prompts:
+    boxes = torch.tensor([[10.0, 10, 50, 60], [60, 5, 110, 30], [80, 50, 119, 89], [0, 0, 120, 90]])
+    return Prompts(boxes, torch.ones(4), torch.tensor([[20.0, 20], [100, 80]]))
+
+
+def test_one_mask_per_prompt_boxes_first(segmenter: CompactSegmenter) -> None:
+    image, prompts = some_image(), some_prompts()
+    result = segmenter(image, prompts)
+    assert result.masks.shape == (6, 90, 120)
+    assert result.masks.dtype == torch.bool
+    assert result.quality.shape == (6,)
+    assert ((result.quality >= 0) & (result.quality <= 1)).all()
+    boxes = segmenter(image, Prompts.from_boxes(prompts.boxes_xyxy, prompts.confidence))
+    points = segmenter(image, Prompts.from_points(prompts.points_xy))
+    # The convolutions of another batch size round in another order.
+    assert (result.masks[:4] != boxes.masks).float().mean() < 1e-3
+    assert (result.masks[4:] != points.masks).float().mean() < 1e-3
+    torch.testing.assert_close(result.quality, torch.cat([boxes.quality, points.quality]), atol=1e-3, rtol=0)
+
+
+def test_the_order_of_prompts_is_kept(segmenter: CompactSegmenter) -> None:
+    image, prompts = some_image(), some_prompts()
+    forward = segmenter(image, prompts)
+    turned = segmenter(image, Prompts(prompts.boxes_xyxy.flip(0), prompts.confidence, prompts.points_xy.flip(0)))
+    assert (forward.masks[:4].flip(0) != turned.masks[:4]).float().mean() < 1e-3
+    assert (forward.masks[4:].flip(0) != turned.masks[4:]).float().mean() < 1e-3
+
+
+def test_the_same_again(segmenter: CompactSegmenter) -> None:
+    first, second = (segmenter(some_image(), some_prompts()) for _ in range(2))
+    assert torch.equal(first.masks, second.masks)
+    assert torch.equal(first.quality, second.quality)
+
+
+def test_no_prompts_no_masks(segmenter: CompactSegmenter) -> None:
+    result = segmenter(some_image(), Prompts.empty())
+    assert result.masks.shape == (0, 90, 120)
+    assert result.quality.shape == (0,)
+
+
+def test_unusable_prompts_get_empty_masks(echo: CompactSegmenter) -> None:
+    boxes = torch.tensor([[NAN, 0, 9, 9], [5, 5, 5, 20], [200, 10, 300, 40], [10, 10, 40, 40], [0, 0, float("inf"), 9]])
+    points = torch.tensor([[NAN, 3], [-5, 3], [120, 20], [60, 40]])
+    result = echo(some_image(), Prompts(boxes, torch.ones(5), points))
+    assert result.masks.flatten(1).any(dim=1).tolist() == [False, False, False, True, False, False, False, False, True]
+    assert (result.quality > 0).tolist() == result.masks.flatten(1).any(dim=1).tolist()
+
+
+@pytest.mark.parametrize(
+    "box", [(10, 20, 50, 60), (30, 5, 34, 85), (3, 40, 117, 47), (0, 0, 120, 90), (60, 40, 66, 44), (-20, -20, 30, 30), (100, 70, 400, 300)]
+)
+def test_masks_come_back_to_where_they_were_cut(echo: CompactSegmenter, box: tuple[float, float, float, float]) -> None:
+    result = echo(some_image(), Prompts.from_boxes(torch.tensor([box]).float(), torch.ones(1)))
+    expected = torch.tensor([max(box[0], 0), max(box[1], 0), min(box[2], 120), min(box[3], 90)]).float()
+    found, area = boxes_from_masks(result.masks)
+    assert (found[0] - expected).abs().max() <= 1
+    inside = (expected[2] - expected[0]) * (expected[3] - expected[1])
+    assert area[0] == pytest.approx(float(inside), rel=0.15)
+
+
+def test_a_point_is_looked_for_around_itself(echo: CompactSegmenter) -> None:
+    result = echo(some_image(200, 300), Prompts.from_points(torch.tensor([[40.0, 150], [299, 0]])))
+    assert result.masks[0, 150, 40]
+    assert result.masks[1, 0, 299]
+    ys, xs = torch.nonzero(result.masks[0], as_tuple=True)
+    assert abs(xs.float().mean() - 40) < 2
+    assert abs(ys.float().mean() - 150) < 2
+
+
+def test_pixels_of_other_windows_do_not_matter(segmenter: CompactSegmenter) -> None:
+    image = some_image()
+    prompts = Prompts.from_boxes(torch.tensor([[10.0, 10, 30, 30]]), torch.ones(1))
+    changed = image.clone()
+    changed[60:, 60:] = 255
+    assert torch.equal(segmenter(image, prompts).masks, segmenter(changed, prompts).masks)
+
+
+def test_other_images_are_refused(segmenter: CompactSegmenter) -> None:
+    with pytest.raises(InputError, match=r"\(H, W, 3\) and type uint8, got \(4, 4\)"):
+        segmenter(torch.zeros(4, 4, dtype=torch.uint8), some_prompts())
+    with pytest.raises(InputError, match="float32"):
+        segmenter(torch.zeros(4, 4, 3), some_prompts())
+
+
+def test_half_precision_changes_little() -> None:
+    torch.manual_seed(0)
+    network = CompactNet()
+    exact = from_network(network, CPU)(some_image(), some_prompts())
+    rounded = from_network(network, Runtime(torch.device("cpu"), torch.bfloat16))(some_image(), some_prompts())
+    torch.testing.assert_close(exact.quality, rounded.quality, atol=0.05, rtol=0)
+
+
+def test_extent_leaves_specks_out() -> None:
+    logits = torch.full((3, 40, 60), -1.0)
+    logits[0, 10:30, 20:50] = 1
+    logits[1] = logits[0]
+    logits[1, 0, 0] = logits[1, 39, 59] = 1
+    assert _extent(logits)[:2].tolist() == [[20, 10, 50, 30]] * 2
+    assert _extent(logits)[2].tolist() == [0, 0, 0, 0]
+
+
+def test_missing_weights(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="no weights 'nowhere'"):
+        SEGMENTERS.get("compact")(SegmenterConfig(name="compact", weights="nowhere"), CPU)
+
+
+def test_weights_of_another_network(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_weights(path, {"conv.weight": torch.zeros(1)}, {})
+    with pytest.raises(WeightsError, match="not of the family 'compact_segmenter'"):
+        SEGMENTERS.get("compact")(SegmenterConfig(name="compact", weights=str(path)), CPU)
+
+
+def test_saved_weights_give_the_same_masks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = CompactNet(width=32)
+    path = tmp_path / "small.safetensors"
+    save_weights(path, network.state_dict(), {"family": "compact_segmenter", "width": 32}, half=False)
+    built = SEGMENTERS.get("compact")(SegmenterConfig(name="compact", weights=str(path)), CPU)(some_image(), some_prompts())
+    direct = from_network(network, CPU)(some_image(), some_prompts())
+    assert torch.equal(built.masks, direct.masks)

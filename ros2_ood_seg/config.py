@@ -40,8 +40,14 @@ class ScorerConfig(_Settings):
         le=8192,
         description="Images are resized to this width (px) before the network, keeping their shape; 0-padding to its stride",
     )
+    statistics: str = Field(
+        "", description="mahalanobis, sml: file of in-distribution statistics; empty looks for <weights>.statistics.* beside the weights"
+    )
     smoothing_px: int = Field(
-        0, ge=0, le=63, description="Odd kernel size of a Gaussian blur of the score map, 0 for none (PEBAL and RPL: 7, sigma 1)"
+        0,
+        ge=0,
+        le=63,
+        description="Odd kernel size of a Gaussian blur of the score map, 1 for none, 0 for the scorer's own (pebal, rpl: 7 with sigma 1)",
     )
     external_low: float = Field(0.0, description="Scorer 'external': the raw value that is calibrated to 0")
     external_high: float = Field(1.0, description="Scorer 'external': the raw value that is calibrated to 1")
@@ -106,7 +112,7 @@ class SegmenterConfig(_Settings):
         96, ge=32, le=1024, description="grabcut: longest side of the window that is cut, px; larger boxes are shrunk to it"
     )
     point_radius: float = Field(
-        0.08, gt=0.0, le=0.5, description="grabcut: a point prompt looks at a window of this half-size, as a fraction of the image height"
+        0.25, gt=0.0, le=0.5, description="grabcut: a point prompt looks at a window of this half-size, as a fraction of the image height"
     )
 
 

@@ -20,10 +20,11 @@ _LEAST_FILL = 0.35
 """With less foreground than this fraction of the box, the cut has collapsed and the box's inscribed ellipse is better."""
 _LEAST_PART = 0.2
 """Parts of a cut smaller than this fraction of its largest one are noise."""
-_SEED_FRACTION = 0.12
-"""A point's certain foreground is a disc of this fraction of the window's shorter half-side."""
+_SURE_FRACTION = 0.06
+_PROBABLE_FRACTION = 0.4
+"""A point's certain and probable foreground are discs of these fractions of the window's half-size."""
 _COLOUR_TOLERANCE = 12
-"""Pixels connected to the point whose CIELAB values differ by no more are probable foreground."""
+"""Pixels connected to the point whose CIELAB values differ by no more are probable foreground too."""
 
 Rectangle = tuple[int, int, int, int]
 
@@ -84,11 +85,11 @@ class GrabCutSegmenter:
         rows, columns = window.shape[:2]
         centre = (min(int((x - left + 0.5) * scale), columns - 1), min(int((y - top + 0.5) * scale), rows - 1))
         trimap = np.full((rows, columns), cv2.GC_PR_BGD, dtype=np.uint8)
+        cv2.circle(trimap, centre, max(1, round(_PROBABLE_FRACTION * reach * scale)), cv2.GC_PR_FGD, -1)
         trimap[_similar(window, centre)] = cv2.GC_PR_FGD
         trimap[[0, -1], :] = cv2.GC_BGD
         trimap[:, [0, -1]] = cv2.GC_BGD
-        seed_px = max(1, round(_SEED_FRACTION * min(rows, columns) / 2))
-        cv2.circle(trimap, centre, seed_px, cv2.GC_FGD, -1)
+        cv2.circle(trimap, centre, max(1, round(_SURE_FRACTION * reach * scale)), cv2.GC_FGD, -1)
         cut = _component_at(self._cut(window, trimap), centre)
         mask[top:bottom, left:right] = _enlarged(cut, right - left, bottom - top)
 

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ros2_ood_seg.config import (
+    PipelineConfig,
+    build_config,
+    describe_allowed,
+    format_value,
+    iter_settings,
+    load_profile,
+    profile_names,
+)
+from ros2_ood_seg.errors import InputError
+
+
+def test_every_setting_is_described_and_its_default_allowed() -> None:
+    names = set()
+    for setting in iter_settings(PipelineConfig()):
+        names.add(setting.name)
+        assert setting.description
+        assert setting.kind in (bool, int, float, str)
+        assert isinstance(setting.value, setting.kind)
+        if setting.low is not None:
+            assert setting.value >= setting.low
+        if setting.high is not None:
+            assert setting.value <= setting.high
+        if setting.choices:
+            assert setting.value in setting.choices
+        assert describe_allowed(setting)
+    assert {"profile", "prompts.points.count", "fusion.nms_iou", "runtime.device"} <= names
+
+
+def test_published_constants_are_the_defaults() -> None:
+    config = PipelineConfig()
+    assert config.fusion.nms_iou == 0.7
+    assert config.fusion.floor_value == -1.0
+    assert config.fusion.ignore_overlap_px == 100
+    assert config.prompts.points.count == 50
+    assert config.prompts.points.raw_threshold == -0.15
+    assert config.prompts.boxes.min_confidence == 0.05
+
+
+def test_overrides_reach_their_leaf() -> None:
+    config = load_profile("compact", {"prompts.points.count": 7, "fusion.nms_iou": "0.5", "tracking.enabled": "true"})
+    assert config.prompts.points.count == 7
+    assert config.fusion.nms_iou == 0.5
+    assert config.tracking.enabled is True
+    assert config.profile == "compact"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("fusion.nms_iuo", 0.5, "unknown setting 'fusion.nms_iuo': did you mean fusion.nms_iou"),
+        ("fusion.nms_iou", 1.5, r"'fusion.nms_iou' is 1.5, allowed: a number.* 1"),
+        ("prompts.points.count", 0, r"'prompts.points.count' is 0, allowed: a whole number.* 1024"),
+        ("prompts.points.count", "many", r"'prompts.points.count' is 'many', allowed: a whole number"),
+        ("fusion.compat", "book", r"'fusion.compat' is 'book', allowed: one of paper, code"),
+        ("fusion.floor_value", float("nan"), r"'fusion.floor_value' is nan"),
+        ("runtime.device", "tpu", r"'runtime.device' is 'tpu', allowed: .*cuda"),
+    ],
+)
+def test_bad_overrides_say_what_is_allowed(key: str, value: object, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        load_profile("compact", {key: value})
+
+
+def test_a_file_holds_only_what_differs(tmp_path: Path) -> None:
+    base, derived = tmp_path / "base.yaml", tmp_path / "mine.yaml"
+    base.write_text("prompts:\n  points:\n    method: fps\n    count: 9\n", encoding="utf-8")
+    derived.write_text(f"extends: {base}\nprompts:\n  points:\n    count: 11\n", encoding="utf-8")
+    config = load_profile(derived)
+    assert (config.prompts.points.method, config.prompts.points.count) == ("fps", 11)
+    assert config.profile == "mine"
+
+
+def test_a_file_may_extend_a_bundled_profile(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: compact\nfusion:\n  name: s2m\n", encoding="utf-8")
+    assert load_profile(path).fusion.name == "s2m"
+    assert load_profile(path).scorer == load_profile("compact").scorer
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("fusion:\n  colour: red\n", "unknown setting 'fusion.colour'"),
+        ("fusion: 3\n", "'fusion' is 3, allowed: a group of settings"),
+        ("- 1\n- 2\n", "must be a mapping of settings, got list"),
+        ("fusion: {name: [\n", "cannot be read"),
+        ("extends: nowhere\n", "unknown profile 'nowhere': use one of .*compact"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=words) as caught:
+        load_profile(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_circle_of_profiles_is_refused(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text(f"extends: {second}\n", encoding="utf-8")
+    second.write_text(f"extends: {first}\n", encoding="utf-8")
+    with pytest.raises(InputError, match="extends itself"):
+        load_profile(first)
+
+
+def test_unknown_profiles_list_the_bundled_ones() -> None:
+    with pytest.raises(InputError, match=r"unknown profile 'compcat': use one of .*compact"):
+        load_profile("compcat")
+    with pytest.raises(InputError, match=r"'no/such.yaml' does not exist; bundled profiles: .*compact"):
+        load_profile("no/such.yaml")
+    assert "compact" in profile_names()
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "plain.yaml"
+    path.write_text("", encoding="utf-8")
+    assert load_profile(path).fusion == PipelineConfig().fusion
+
+
+def test_settings_are_frozen_and_comparable() -> None:
+    config = build_config({"fusion": {"nms_iou": 0.5}}, "test")
+    assert config == build_config({"fusion": {"nms_iou": 0.5}}, "test")
+    assert config != PipelineConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.fusion.nms_iou = 0.7
+
+
+@pytest.mark.parametrize(("value", "text"), [(True, "true"), (0.5, "0.5"), ("", "''"), (7, "7"), ("fps", "fps")])
+def test_values_are_written_as_yaml(value: bool | int | float | str, text: str) -> None:
+    assert format_value(value) == text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ros2_ood_seg.config import load_profile
+from ros2_ood_seg.config import PipelineConfig, load_profile
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component, pixel
-from ros2_ood_seg.evaluation.datasets import LAYOUTS, open_dataset
+from ros2_ood_seg.evaluation.bags import BagReader
+from ros2_ood_seg.evaluation.datasets import COMPONENT_RULE, LAYOUTS, labelled_image, open_dataset
 from ros2_ood_seg.evaluation.evaluate import Evaluation, Options, dataset_stamp, load_frames
 from ros2_ood_seg.pipeline import Pipeline
 
@@ -24,6 +26,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser("evaluate", help="measure a profile on a data set or a labelled bag")
     parser.add_argument("--dataset", choices=tuple(LAYOUTS), default="folder", help="layout of the data set")
     parser.add_argument("--root", help="folder of the data set")
+    parser.add_argument("--bag", help="recording (MCAP or sqlite3) to evaluate instead of a data set")
+    parser.add_argument("--image-topic", help="camera topic of the bag; may be left out when there is one")
+    parser.add_argument("--label-topic", help="label topic of the bag, matched by stamp: 0 normal, 1 anomaly, 255 ignore")
+    parser.add_argument("--instance-topic", help="instance label topic of the bag: 0 none, k = instance")
     parser.add_argument("--profile", default="compact", help="name of a bundled profile or path of a YAML file")
     parser.add_argument("--output", type=Path, required=True, help="report.json to write; report.html appears beside it")
     parser.add_argument("--max-images", type=int, default=0, metavar="N", help="only the first N images")
@@ -43,29 +49,43 @@ def run_evaluate(args: argparse.Namespace) -> int:
     Raises:
         InputError: Anything in the arguments or the data that cannot be used.
     """
-    if not args.root:
-        raise InputError("--root is missing: the folder of the data set")
+    if bool(args.root) == bool(args.bag):
+        raise InputError("name either --root, the folder of a data set, or --bag, a recording with a label topic")
+    if args.bag and not args.label_topic:
+        raise InputError("--bag needs --label-topic, the topic of label images with 0 normal, 1 anomaly, 255 ignore")
     if args.max_images < 0:
         raise InputError(f"--max-images is {args.max_images}, it must be 1 or more, or 0 for all")
-    dataset = open_dataset(args.dataset, args.root)
-    if args.max_images:
-        dataset = dataset.head(args.max_images)
-    overrides = {"tracking.enabled": False} | parse_overrides(args.set)
+    output = checked_output(args.output)
+    # Images are not a sequence; tracks would carry over from one to the next.
+    overrides = {"tracking.enabled": bool(args.bag)} | parse_overrides(args.set)
     if args.weights_dir:
         overrides["runtime.weights_dir"] = args.weights_dir
     config = load_profile(args.profile, overrides)
-    pipeline = Pipeline.from_config(config)
+    evaluate = _evaluate_bag if args.bag else _evaluate_dataset
+    report = evaluate(args, config, output)
+    print(summary(report))
+    print(f"report: {output}")
+    return 0
+
+
+def _write(evaluation: Evaluation, output: Path, dataset: str, instance_rule: str) -> dict[str, Any]:
+    report = evaluation.report(dataset, instance_rule)
+    output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    evaluation.finish()
+    return report
+
+
+def _evaluate_dataset(args: argparse.Namespace, config: PipelineConfig, output: Path) -> dict[str, Any]:
+    dataset = open_dataset(args.dataset, args.root)
+    if args.max_images:
+        dataset = dataset.head(args.max_images)
     minimum = component.TRACKS[dataset.track if args.track == "auto" else args.track]
-    options = Options(args.fpr_rule, minimum, args.save, args.pixel_mode)
-    output: Path = args.output
-    make_parent(output)
-    first = dataset.load(dataset.sources[0])
     evaluation = Evaluation(
-        pipeline,
+        Pipeline.from_config(config),
         output.with_suffix(".parts"),
-        options,
+        Options(args.fpr_rule, minimum, args.save, args.pixel_mode),
         {"dataset": dataset_stamp(dataset), "external": str(args.external or "")},
-        len(dataset) * first.label.size,
+        len(dataset) * dataset.load(dataset.sources[0]).label.size,
     )
     missing = [source for source in dataset.sources if not evaluation.has(source.name)]
     with tqdm(total=len(dataset), initial=len(dataset) - len(missing), desc=f"{config.profile} on {dataset.name}", unit="image") as bar:
@@ -73,12 +93,30 @@ def run_evaluate(args: argparse.Namespace) -> int:
             evaluation.add(frame, read_map(args.external / f"{frame.name}.npy") if args.external else None, load_ms)
             bar.update()
     evaluation.order(source.name for source in dataset.sources)
-    report = evaluation.report(dataset.name, dataset.instance_rule)
-    output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    evaluation.finish()
-    print(summary(report))
-    print(f"report: {output}")
-    return 0
+    return _write(evaluation, output, dataset.name, dataset.instance_rule)
+
+
+def _evaluate_bag(args: argparse.Namespace, config: PipelineConfig, output: Path) -> dict[str, Any]:
+    topics = [topic for topic in (args.label_topic, args.instance_topic) if topic]
+    with BagReader(args.bag) as bag:
+        count = next(topic.count for topic in bag.topics if topic.name == bag.image_topic(args.image_topic).name)
+        pipeline = Pipeline.from_config(config)
+        evaluation: Evaluation | None = None
+        for images in tqdm(bag.iter_labelled(args.image_topic, *topics), total=count, desc=f"{config.profile} on {args.bag}", unit="image"):
+            if args.max_images and evaluation is not None and evaluation.count == args.max_images:
+                break
+            frame = labelled_image(str(images[0].stamp_ns), images[0].rgb(), *(image.labels() for image in images[1:]))
+            if evaluation is None:
+                minimum = component.TRACKS["obstacle" if args.track == "auto" else args.track]
+                options = Options(args.fpr_rule, minimum, args.save, args.pixel_mode)
+                # Bags are read in one go, so nothing of an earlier run is used again.
+                stamp = {"started": time.time()}
+                evaluation = Evaluation(pipeline, output.with_suffix(".parts"), options, stamp, count * frame.label.size)
+            evaluation.add(frame)
+    if evaluation is None:
+        raise InputError(f"bag '{args.bag}' gave no labelled frames")
+    rule = f"topic {args.instance_topic}" if args.instance_topic else COMPONENT_RULE
+    return _write(evaluation, output, Path(args.bag).name, rule)
 
 
 def parse_overrides(items: list[str]) -> dict[str, Any]:
@@ -96,7 +134,7 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
     return overrides
 
 
-def make_parent(path: Path) -> None:
+def checked_output(path: Path) -> Path:
     """Makes the folder of an output file.
 
     Raises:
@@ -108,6 +146,7 @@ def make_parent(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output '{path}': the folder cannot be made: {error.strerror}") from error
+    return path
 
 
 def read_map(path: Path) -> NDArray[np.float32]:

@@ -6,8 +6,9 @@ A layout only says which files belong together and what their label values mean;
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,6 +18,8 @@ from ros2_ood_seg.errors import InputError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 IDENTITY: Mapping[int, int] = {0: 0, 1: 1, 255: 255}
+COMPONENT_RULE = "8-connected components of label 1"
+CITYSCAPES_VOID = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,23 @@ class LabelledImage:
     image: NDArray[np.uint8]
     label: NDArray[np.uint8]
     instances: NDArray[np.int32] | None = None
+
+
+def labelled_image(
+    name: str, image: NDArray[np.uint8], label: NDArray[np.integer[Any]], instances: NDArray[np.integer[Any]] | None = None
+) -> LabelledImage:
+    """A frame whose label map comes as whole numbers of any type, checked.
+
+    Raises:
+        InputError: Sizes that differ or a label other than 0, 1 and 255.
+    """
+    for what, array in (("label map", label), ("instance map", instances)):
+        if array is not None and array.shape != image.shape[:2]:
+            raise InputError(f"frame '{name}': the {what} is {_hw(array)}, the image {_hw(image)}; they must be equal")
+    unknown = label[~np.isin(label, list(IDENTITY))]
+    if unknown.size:
+        raise InputError(f"frame '{name}' holds the label value {int(unknown[0])}; allowed are {_listed(IDENTITY)}")
+    return LabelledImage(name, image, label.astype(np.uint8), None if instances is None else instances.astype(np.int32))
 
 
 @dataclass(frozen=True)
@@ -57,6 +77,8 @@ class DataSet:
         values: What each value of the label files means: 0, 1 or 255.
         track: Whose minimum component sizes apply: ``anomaly`` or ``obstacle`` (SegmentMeIfYouCan).
         instance_rule: Where instances come from, for the report.
+        least_id: Smaller values of the instance files are no instances.
+        cityscapes_ids: The label files hold Cityscapes instance ids (class, or class * 1000 + number) instead of ``values``.
     """
 
     name: str
@@ -64,7 +86,9 @@ class DataSet:
     sources: tuple[Source, ...]
     values: Mapping[int, int] = field(default_factory=lambda: IDENTITY)
     track: str = "anomaly"
-    instance_rule: str = "8-connected components of label 1"
+    instance_rule: str = COMPONENT_RULE
+    least_id: int = 1
+    cityscapes_ids: bool = False
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -74,7 +98,7 @@ class DataSet:
 
     def head(self, count: int) -> DataSet:
         """The first ``count`` frames."""
-        return DataSet(self.name, self.root, self.sources[:count], self.values, self.track, self.instance_rule)
+        return replace(self, sources=self.sources[:count])
 
     def load(self, source: Source) -> LabelledImage:
         """Reads and checks one frame.
@@ -83,7 +107,7 @@ class DataSet:
             InputError: An unreadable file, sizes that differ, or a label value the layout does not have.
         """
         image = read_rgb(source.image)
-        label = read_labels(source.label, self.values)
+        label = read_cityscapes_ids(source.label) if self.cityscapes_ids else read_labels(source.label, self.values)
         if label.shape != image.shape[:2]:
             raise InputError(f"'{source.label}' is {_hw(label)}, its image '{source.image}' is {_hw(image)}; they must be equal")
         instances = None
@@ -93,10 +117,11 @@ class DataSet:
                 raise InputError(
                     f"'{source.instances}' is {'x'.join(map(str, instances.shape))}, its label map is {_hw(label)}; they must be equal"
                 )
+            instances[instances < self.least_id] = 0
         return LabelledImage(source.name, image, label, instances)
 
 
-def _hw(array: NDArray[np.uint8]) -> str:
+def _hw(array: NDArray[Any]) -> str:
     return f"{array.shape[0]}x{array.shape[1]}"
 
 
@@ -136,6 +161,14 @@ def read_labels(path: Path, values: Mapping[int, int] = IDENTITY) -> NDArray[np.
     unknown = label == 254
     if unknown.any():
         raise InputError(f"'{path}' holds the label value {int(raw[unknown][0])}; allowed are {_listed(values)}")
+    return label
+
+
+def read_cityscapes_ids(path: Path) -> NDArray[np.uint8]:
+    """Cityscapes instance ids as (H, W) uint8: numbered instances are anomalies, classes that are void there are ignored."""
+    ids = _read(path, cv2.IMREAD_UNCHANGED)
+    label = np.where(np.isin(ids, CITYSCAPES_VOID), np.uint8(255), np.uint8(0))
+    label[ids >= 1000] = 1
     return label
 
 
@@ -189,12 +222,13 @@ def _folder(root: Path) -> DataSet:
         images, lambda stem: root / "labels" / f"{stem}.png", (lambda stem: root / "instances" / f"{stem}.png") if with_instances else None
     )
     obstacle = any(word in root.resolve().name.lower() for word in ("obstacle", "lost"))
-    rule = "files in instances/; anomalous pixels without an id are ignored" if with_instances else "8-connected components of label 1"
+    rule = "files in instances/; anomalous pixels without an id are ignored" if with_instances else COMPONENT_RULE
     return DataSet("folder", root, sources, track="obstacle" if obstacle else "anomaly", instance_rule=rule)
 
 
 def _smiyc(name: str, track: str, prefix: str) -> Callable[[Path], DataSet]:
     def find(root: Path) -> DataSet:
+        """``images/<stem>.*`` and ``labels_masks/<stem>_labels_semantic.png``; only the validation images have labels."""
         images = [path for path in _images(root / "images") if path.stem.startswith(prefix)]
         folder = root / "labels_masks"
         labelled = [path for path in images if (folder / f"{path.stem}_labels_semantic.png").is_file()]
@@ -208,10 +242,96 @@ def _smiyc(name: str, track: str, prefix: str) -> Callable[[Path], DataSet]:
     return find
 
 
+def _tree(root: Path, end: str) -> dict[str, Path]:
+    """Files below a folder whose names end so, by what comes before; the last of several of one name."""
+    return {path.name[: -len(end)]: path for path in sorted(root.rglob(f"*{end}"))}
+
+
+def _fishyscapes(name: str, folder: str, track: str) -> Callable[[Path], DataSet]:
+    def find(root: Path) -> DataSet:
+        """``original/`` and ``labels/`` of equal stems, or Lost & Found's images beside the official ``*_labels.png``."""
+        root = root / folder if (root / folder).is_dir() else root
+        if (root / "original").is_dir():
+            sources = _paired(_images(root / "original"), lambda stem: root / "labels" / f"{stem}.png")
+            return DataSet(name, root, sources, track=track)
+        labels = _tree(root, "_labels.png")
+        images = _tree(root, "_leftImg8bit.png")
+        if not labels:
+            raise InputError(f"'{root}' has neither original/ with labels/ nor files *_labels.png: the labels of the test split are hidden")
+        # Official label files are numbered: 0000_04_Maurener_Weg_8_000000_000030_labels.png.
+        found = {fid: (images.get(fid.split("_", 1)[-1]), label) for fid, label in labels.items()}
+        return DataSet(name, root, _required(found, root), track=track)
+
+    return find
+
+
+def _required(found: Mapping[str, tuple[Path | None, Path]], root: Path) -> tuple[Source, ...]:
+    for name, (image, label) in found.items():
+        if image is None:
+            raise InputError(f"label file '{label}' has no image for '{name}' below '{root}'")
+    return tuple(Source(name, image, label) for name, (image, label) in found.items() if image is not None)
+
+
+def _road_anomaly(root: Path) -> DataSet:
+    """``frames/<stem>.jpg`` with ``frames/<stem>.labels/labels_semantic.png`` (0 normal, 2 anomaly), or ``original/`` and ``labels/``."""
+    if (root / "original").is_dir():
+        sources = _paired(_images(root / "original"), lambda stem: root / "labels" / f"{stem}.png")
+    else:
+        sources = _paired(_images(root / "frames"), lambda stem: root / "frames" / f"{stem}.labels" / "labels_semantic.png")
+    return DataSet("road_anomaly", root, sources, {0: 0, 1: 1, 2: 1, 255: 255})
+
+
+def _lost_and_found(root: Path) -> DataSet:
+    """``leftImg8bit/test``, ``gtCoarse/test``: 0 ignore, 1 road, 2 to 200 obstacles; frames without any label are left out, as usual."""
+    images = _tree(root / "leftImg8bit" / "test", "_leftImg8bit.png")
+    labels = _tree(root / "gtCoarse" / "test", "_gtCoarse_labelIds.png")
+    instances = _tree(root / "gtCoarse" / "test", "_gtCoarse_instanceIds.png")
+    if not images:
+        raise InputError(f"'{root / 'leftImg8bit' / 'test'}' holds no *_leftImg8bit.png")
+    missing = sorted(set(images) - set(labels))
+    if missing:
+        raise InputError(f"image '{images[missing[0]]}' has no label file *_gtCoarse_labelIds.png below '{root / 'gtCoarse' / 'test'}'")
+    values = {0: 255, 1: 0} | dict.fromkeys(range(2, 201), 1)
+    sources = tuple(Source(fid, image, labels[fid], instances.get(fid)) for fid, image in images.items())
+    labelled = tuple(source for source in sources if (read_labels(source.label, values) != 255).any())
+    rule = "instance ids of gtCoarse" if instances else COMPONENT_RULE
+    return DataSet("lost_and_found", root, labelled, values, "obstacle", rule, least_id=1000)
+
+
+def _street_hazards(root: Path) -> DataSet:
+    """``images/test/**/<stem>.png``, ``annotations/test/**/<stem>.png``: 14 anomaly, 1 to 13 normal."""
+    images = _tree(root / "images" / "test", ".png")
+    labels = _tree(root / "annotations" / "test", ".png")
+    if not labels:
+        raise InputError(f"'{root / 'annotations' / 'test'}' holds no label files")
+    found = {stem: (images.get(stem), label) for stem, label in labels.items()}
+    return DataSet("street_hazards", root, _required(found, root), {0: 255, 14: 1} | dict.fromkeys(range(1, 14), 0))
+
+
+def _oodis(root: Path) -> DataSet:
+    """Images and ``*_instanceIds.png`` below one folder, as OoDIS and UGainS publish the ground truth of Fishyscapes Lost & Found."""
+    labels = _tree(root, "_instanceIds.png")
+    if not labels:
+        raise InputError(f"'{root}' holds no *_instanceIds.png: OoDIS keeps the labels of its test sets hidden")
+    images: dict[str, Path] = {}
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.endswith("Ids.png"):
+            images[path.stem.removesuffix("_leftImg8bit")] = path
+    found = {fid: (images.get(fid.removesuffix("_gtCoarse")), label) for fid, label in labels.items()}
+    sources = tuple(replace(source, instances=source.label) for source in _required(found, root))
+    return DataSet("oodis", root, sources, track="obstacle", instance_rule="instance ids", least_id=1000, cityscapes_ids=True)
+
+
 LAYOUTS: dict[str, Callable[[Path], DataSet]] = {
     "folder": _folder,
     "road_anomaly_21": _smiyc("road_anomaly_21", "anomaly", "validation"),
     "road_obstacle_21": _smiyc("road_obstacle_21", "obstacle", "validation"),
+    "fishyscapes_static": _fishyscapes("fishyscapes_static", "Static", "anomaly"),
+    "fishyscapes_laf": _fishyscapes("fishyscapes_laf", "LostAndFound", "anomaly"),
+    "road_anomaly": _road_anomaly,
+    "lost_and_found": _lost_and_found,
+    "street_hazards": _street_hazards,
+    "oodis": _oodis,
 }
 
 

@@ -88,6 +88,11 @@ class Evaluation:
         save = self.options.save
         return self.store.has(name) and (save is None or (save / "instances" / f"{name}.json").is_file())
 
+    @property
+    def count(self) -> int:
+        """Frames so far."""
+        return len(self._names)
+
     def order(self, names: Iterable[str]) -> None:
         """Sets which finished frames are reported, in this order; without it those of :meth:`add`, in the order of the calls."""
         self._names = dict.fromkeys(names)

@@ -44,7 +44,7 @@ def test_the_encoder_starts_as_the_imagenet_network() -> None:
 
 
 def test_other_start_weights_are_refused() -> None:
-    with pytest.raises(WeightsError, match="'other.safetensors' must hold torchvision's mobilenet_v2"):
+    with pytest.raises(WeightsError, match=r"'other.safetensors' must hold torchvision's mobilenet_v2"):
         CompactNet().load_imagenet(WeightFile(Path("other.safetensors"), {"a": torch.zeros(1)}, {}))
 
 

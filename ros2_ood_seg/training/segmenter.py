@@ -1,0 +1,396 @@
+"""Training and measuring of the compact segmenter (``ood-seg train segmenter``)."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from ros2_ood_seg.config import RuntimeConfig, SegmenterConfig
+from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.runtime import Runtime
+from ros2_ood_seg.segmenters import SEGMENTERS
+from ros2_ood_seg.segmenters.base import PromptableSegmenter
+from ros2_ood_seg.segmenters.compact import CROP_PX, FAMILY, POINT_CROP_PX, from_network
+from ros2_ood_seg.segmenters.networks.compact import CompactNet
+from ros2_ood_seg.training.segmenter_data import (
+    Batch,
+    Image,
+    SampleMaker,
+    SegmentedObject,
+    jitter_box,
+    load_backgrounds,
+    load_labelled,
+    load_objects,
+    random_point,
+    rescale,
+)
+from ros2_ood_seg.types import Prompts
+from ros2_ood_seg.weights import WeightFile, load_weights, save_weights
+from ros2_ood_seg.weights.store import load_into
+
+PROMPT_KINDS = ("box", "shifted_box", "point")
+"""The true box; every side of it moved by up to 15 % of the box; one random pixel of the object."""
+_SHIFT = 0.15
+_FAR_PX = 24.0
+_SIZES_PX = ((0, 32), (32, 96), (96, 256), (256, 100_000))
+_LOG_EVERY = 20
+
+
+@dataclass(frozen=True)
+class SegmenterTraining:
+    """The recipe.
+
+    Args:
+        iterations: Steps in all. The learning rate is constant until the last ``cool_down`` of them, so that a run can still be
+            made shorter or longer while it goes on.
+        batch_size: Samples per step.
+        crop_sizes: Sides of the crops in px, multiples of 32; every batch draws one.
+        learning_rate: Of the decoder; the encoder takes ``encoder_rate`` of it.
+        encoder_rate: See ``learning_rate``.
+        warm_up: Steps of linear warm-up.
+        cool_down: Share of the steps over which the learning rate falls linearly to zero.
+        ema: Decay of the averaged weights, which are what is saved.
+        quality_weight: Weight of the squared error of the predicted IoU.
+        seed: Seed of weights and data.
+        checkpoint_minutes: Time between checkpoints.
+    """
+
+    iterations: int = 5000
+    batch_size: int = 16
+    crop_sizes: tuple[int, ...] = (POINT_CROP_PX, 160, CROP_PX)
+    learning_rate: float = 1e-3
+    encoder_rate: float = 0.3
+    warm_up: int = 100
+    cool_down: float = 0.35
+    ema: float = 0.998
+    quality_weight: float = 2.0
+    seed: int = 0
+    checkpoint_minutes: float = 5.0
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rate at a step."""
+        left = (self.iterations - step) / max(1.0, self.cool_down * self.iterations)
+        return max(0.0, min((step + 1) / max(1, self.warm_up), left, 1.0))
+
+
+def segmenter_loss(logits: Tensor, quality: Tensor, batch: Batch, quality_weight: float) -> dict[str, Tensor]:
+    """Binary cross-entropy plus Dice of the mask, and the squared error of its predicted IoU.
+
+    Args:
+        logits: (N, 1, S/2, S/2) mask logits.
+        quality: (N,) logits of the predicted IoU.
+        batch: The samples.
+        quality_weight: Weight of the third term.
+
+    Returns:
+        The terms, their weighted sum ``total``, and the mean IoU ``iou`` of the masks with the whole objects.
+    """
+    mask = F.interpolate(logits.float(), size=batch.targets.shape[-2:], mode="bilinear", align_corners=False)
+    bce = F.binary_cross_entropy_with_logits(mask, batch.targets)
+    inside = mask.sigmoid()
+    overlap = (inside * batch.targets).sum(dim=(1, 2, 3))
+    dice = 1 - ((2 * overlap + 1) / (inside.sum(dim=(1, 2, 3)) + batch.targets.sum(dim=(1, 2, 3)) + 1)).mean()
+    with torch.no_grad():
+        found, wanted = mask > 0, batch.targets > 0.5
+        hidden = batch.hidden * batch.targets[0].numel()
+        iou = (found & wanted).sum(dim=(1, 2, 3)) / ((found | wanted).sum(dim=(1, 2, 3)) + hidden).clamp_min(1)
+    error = F.mse_loss(quality.float().sigmoid(), iou)
+    return {"total": bce + dice + quality_weight * error, "bce": bce, "dice": dice, "quality": error, "iou": iou.mean()}
+
+
+def train_segmenter(
+    objects: Sequence[SegmentedObject],
+    backgrounds: Sequence[Image],
+    held_out: Sequence[SegmentedObject],
+    recipe: SegmenterTraining,
+    output: Path,
+    init: WeightFile | None = None,
+    device: torch.device | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Trains until ``recipe.iterations``, going on from the checkpoint in ``output`` when there is one.
+
+    Args:
+        objects: What to learn from.
+        backgrounds: Road frames on which a part of the objects is pasted.
+        held_out: Objects on which progress is measured at each checkpoint.
+        recipe: How.
+        output: Folder for ``checkpoint.pt``, ``log.csv``, ``curve.png`` and ``segmenter.safetensors`` (averaged weights, float16).
+        init: torchvision ``mobilenet_v2`` features or an earlier segmenter to start from; None for random weights.
+        device: Where to train; CPU when None.
+        provenance: Written into the weights file: data, start weights.
+
+    Returns:
+        The file with the averaged weights.
+
+    Raises:
+        InputError: Unusable weights, or a loss that is not finite.
+    """
+    device = device or torch.device("cpu")
+    torch.manual_seed(recipe.seed)
+    net = CompactNet()
+    if init is not None:
+        _start_from(net, init)
+    net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
+    average = AveragedModel(net, multi_avg_fn=ema, use_buffers=True)
+    encoder = list(net.encoder.parameters())
+    decoder = [parameter for name, parameter in net.named_parameters() if not name.startswith("encoder.")]
+    optimizer = torch.optim.AdamW([{"params": encoder, "share": recipe.encoder_rate}, {"params": decoder, "share": 1.0}], weight_decay=1e-4)
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint = output / "checkpoint.pt"
+    parts: dict[str, Any] = {"net": net, "average": average, "optimizer": optimizer}
+    done = _resume(checkpoint, parts)
+    maker = SampleMaker(objects, backgrounds)
+    log = _Log(output / "log.csv")
+    net.train()
+    saved_at = time.monotonic()
+    sums: dict[str, float] = {}
+    for step in tqdm(range(done, recipe.iterations), total=recipe.iterations, initial=done, desc="train segmenter", mininterval=10.0):
+        # One generator per step: a resumed run sees what an uninterrupted one would have seen.
+        rng = np.random.default_rng([recipe.seed, step])
+        batch = _to_device(maker.batch(recipe.batch_size, int(rng.choice(recipe.crop_sizes)), rng), device)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * group["share"] * recipe.rate(step)
+        logits, quality = net(batch.crops)
+        terms = segmenter_loss(logits, quality, batch, recipe.quality_weight)
+        if not torch.isfinite(terms["total"]):
+            raise InputError(f"the loss is {terms['total'].item()} at iteration {step}: lower the learning rate ({recipe.learning_rate})")
+        optimizer.zero_grad(set_to_none=True)
+        terms["total"].backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(encoder + decoder, 5.0)
+        optimizer.step()
+        average.update_parameters(net)
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+        if (step + 1) % _LOG_EVERY == 0:
+            log.write({"iteration": step + 1, **{name: value / _LOG_EVERY for name, value in sums.items()}})
+            sums = {}
+        if step + 1 == recipe.iterations or time.monotonic() - saved_at > 60 * recipe.checkpoint_minutes:
+            quality_now = _validate(cast("CompactNet", average.module), held_out, device)
+            log.write({"iteration": step + 1, **quality_now})
+            log.plot()
+            _save(checkpoint, {**{name: part.state_dict() for name, part in parts.items()}, "done": step + 1})
+            metadata = {"family": FAMILY, "width": net.width, "recipe": asdict(recipe), "done": step + 1, "validation": quality_now}
+            save_weights(output / "segmenter.safetensors", average.module.state_dict(), {**metadata, **(provenance or {})})
+            saved_at = time.monotonic()
+    return output / "segmenter.safetensors"
+
+
+def _start_from(net: CompactNet, init: WeightFile) -> None:
+    if init.metadata.get("family") == FAMILY:
+        load_into(net, init, FAMILY)
+    else:
+        net.load_imagenet(init)
+
+
+def _resume(checkpoint: Path, parts: dict[str, Any]) -> int:
+    if not checkpoint.is_file():
+        return 0
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return int(saved["done"])
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    crops = batch.crops.to(device).contiguous(memory_format=torch.channels_last)
+    return Batch(crops, batch.targets.to(device), batch.hidden.to(device))
+
+
+def _validate(network: CompactNet, objects: Sequence[SegmentedObject], device: torch.device) -> dict[str, float]:
+    if not objects:
+        return {}
+    segmenter = from_network(copy.deepcopy(network), Runtime(device))
+    return {f"val_{kind}": values["iou"] for kind, values in measure(segmenter, objects, device).items()}
+
+
+class _Log:
+    """Appends to ``log.csv`` and draws ``curve.png`` beside it."""
+
+    columns = ("iteration", "total", "bce", "dice", "quality", "iou", *(f"val_{kind}" for kind in PROMPT_KINDS))
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        if not path.is_file():
+            path.write_text(",".join(self.columns) + "\n", encoding="utf-8")
+
+    def write(self, values: dict[str, float]) -> None:
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow([f"{values[name]:.5g}" if name in values else "" for name in self.columns])
+
+    def plot(self) -> None:
+        from matplotlib.figure import Figure
+
+        with self._path.open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        figure = Figure(figsize=(9, 3.2), layout="constrained")
+        for axis, names in zip(figure.subplots(1, 2), (self.columns[1:5], self.columns[5:]), strict=True):
+            for name in names:
+                points = [(float(row["iteration"]), float(row[name])) for row in rows if row[name]]
+                if points:
+                    axis.plot(*zip(*points, strict=True), label=name)
+            axis.set_xlabel("iteration")
+            axis.grid(alpha=0.3)
+            if axis.lines:
+                axis.legend()
+        figure.savefig(self._path.with_name("curve.png"), dpi=110)
+
+
+def measure(
+    segmenter: PromptableSegmenter,
+    objects: Sequence[SegmentedObject],
+    device: torch.device | None = None,
+    seed: int = 0,
+    far_px: float | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Mean IoU of a segmenter's masks given each object's box, shifted box and point.
+
+    Args:
+        segmenter: Any promptable segmenter.
+        objects: What to segment; undecided pixels are left out.
+        device: The segmenter's; CPU when None.
+        seed: Seed of shifts and points.
+        far_px: Shrink each image first, so that the longest side of the object is this long; None leaves the images.
+
+    Returns:
+        For each of :data:`PROMPT_KINDS`: ``iou`` (mean over objects), ``objects`` (their number), ``iou_by_longest_side_px``,
+        ``iou_by_source``, and ``quality_error``, the mean absolute error of the predicted IoU (None when it predicts none).
+
+    Raises:
+        InputError: There are no objects.
+    """
+    if not objects:
+        raise InputError("measuring a segmenter needs at least one object")
+    device = device or torch.device("cpu")
+    ious: dict[str, list[float]] = {kind: [] for kind in PROMPT_KINDS}
+    errors: dict[str, list[float]] = {kind: [] for kind in PROMPT_KINDS}
+    shown = [rescale(item, min(1.0, far_px / max(*item.mask.shape))) if far_px else item for item in objects]
+    for index, item in enumerate(shown):
+        rng = np.random.default_rng([seed, index])
+        shifted = jitter_box(item.box_xyxy, rng.uniform(-_SHIFT, _SHIFT, size=4))
+        prompts = Prompts(
+            torch.tensor([item.box_xyxy, shifted], device=device),
+            torch.ones(2, device=device),
+            torch.tensor([random_point(item, rng)], device=device),
+        )
+        result = segmenter(torch.from_numpy(item.image).to(device), prompts)
+        truth = item.full_mask()
+        for kind, mask, quality in zip(PROMPT_KINDS, result.masks.cpu().numpy(), result.quality.tolist(), strict=True):
+            value = _iou(mask, truth)
+            ious[kind].append(value)
+            errors[kind].append(abs(quality - value))
+    return {kind: _summary(shown, np.array(ious[kind]), np.array(errors[kind])) for kind in PROMPT_KINDS}
+
+
+def _iou(mask: NDArray[np.bool_], truth: Image) -> float:
+    wanted = truth == 255
+    union = (mask | wanted) & (truth != 128)
+    return float((mask & wanted).sum() / np.maximum(union.sum(), 1))
+
+
+def _summary(objects: Sequence[SegmentedObject], ious: NDArray[np.float64], errors: NDArray[np.float64]) -> dict[str, Any]:
+    longest = np.array([max(*item.mask.shape) for item in objects])
+    sources = np.array([item.source for item in objects])
+    sizes = {f"{low}-{high}": (longest >= low) & (longest < high) for low, high in _SIZES_PX}
+    return {
+        "iou": float(ious.mean()),
+        "objects": len(objects),
+        "quality_error": None if np.isnan(errors).any() else float(errors.mean()),
+        "iou_by_longest_side_px": {name: float(ious[chosen].mean()) for name, chosen in sizes.items() if chosen.any()},
+        "iou_by_source": {str(name): float(ious[sources == name].mean()) for name in np.unique(sources)},
+    }
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``segmenter`` to the commands of ``ood-seg train``."""
+    defaults = SegmenterTraining()
+    parser = subparsers.add_parser(
+        "segmenter",
+        help="train or measure the promptable segmenter",
+        description="Trains the compact segmenter on objects with masks; with --evaluate, measures any segmenter instead.",
+    )
+    parser.add_argument("--objects", type=Path, help="folder that holds coco, coco_panoptic, davis or grabcut")
+    parser.add_argument("--roads", type=Path, nargs="*", default=[], help="folders of road frames to paste objects on")
+    parser.add_argument("--frames-per-folder", type=int, default=150, help="road frames used of each folder (%(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run, or the report (*.json) of --evaluate")
+    parser.add_argument("--init", type=Path, help="mobilenet_v2 features or an earlier segmenter to start from")
+    parser.add_argument("--validate-on", type=int, default=120, help="held-out objects measured at every checkpoint (%(default)s)")
+    for field in fields(SegmenterTraining):
+        if field.name != "crop_sizes":
+            default = getattr(defaults, field.name)
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(default), default=default, help="recipe (%(default)s)")
+    parser.add_argument("--crop-sizes", type=int, nargs="+", default=list(defaults.crop_sizes), help="recipe (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 leaves torch's choice")
+    parser.add_argument("--evaluate", metavar="SEGMENTER", help=f"measure this one ({', '.join(SEGMENTERS.names)}) instead of training")
+    parser.add_argument("--weights", default="", help="weights of --evaluate")
+    parser.add_argument("--labelled", type=Path, nargs="*", default=[], help="sets of images and labels to measure on too (--evaluate)")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    runtime = Runtime.from_config(RuntimeConfig(device=args.device, precision="float32", threads=args.threads))
+    if args.evaluate:
+        return _run_evaluation(args, runtime)
+    if args.objects is None:
+        raise InputError("training needs --objects, the folder that holds coco, coco_panoptic, davis or grabcut")
+    recipe = SegmenterTraining(**{field.name: getattr(args, field.name) for field in fields(SegmenterTraining)})
+    recipe = replace(recipe, crop_sizes=tuple(recipe.crop_sizes))
+    init = load_weights(args.init) if args.init else None
+    objects = load_objects(args.objects, held_out=False)
+    held_out = load_objects(args.objects, held_out=True)
+    chosen = np.linspace(0, len(held_out) - 1, min(len(held_out), args.validate_on)).astype(int)
+    provenance = {
+        "start": {"file": args.init.name, **init.metadata} if init else None,
+        "objects": dict(Counter(item.source for item in objects)),
+        "roads": [
+            folder.parent.parent.name + "/" + folder.parent.name if folder.name == "images" else folder.name for folder in args.roads
+        ],
+    }
+    backgrounds = load_backgrounds(args.roads, args.frames_per_folder, recipe.seed)
+    path = train_segmenter(
+        objects, backgrounds, [held_out[i] for i in chosen], recipe, args.output, init, runtime.device, provenance=provenance
+    )
+    print(path)
+    return 0
+
+
+def _run_evaluation(args: argparse.Namespace, runtime: Runtime) -> int:
+    segmenter = SEGMENTERS.get(args.evaluate)(SegmenterConfig(name=args.evaluate, weights=args.weights), runtime)
+    sets = {folder.name: load_labelled(folder) for folder in args.labelled}
+    report: dict[str, Any] = {}
+    if args.objects:
+        held_out = load_objects(args.objects, held_out=True)
+        report["held_out"] = measure(segmenter, held_out, runtime.device, args.seed)
+        report["held_out_far"] = measure(segmenter, held_out, runtime.device, args.seed, far_px=_FAR_PX)
+    report.update({name: measure(segmenter, objects, runtime.device, args.seed) for name, objects in sets.items()})
+    if not report:
+        raise InputError("--evaluate needs --objects or --labelled")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({"segmenter": args.evaluate, **report}, indent=2) + "\n", encoding="utf-8")
+    for name, kinds in report.items():
+        print(f"{name}: " + ", ".join(f"{kind} {values['iou']:.3f}" for kind, values in kinds.items()))
+    return 0

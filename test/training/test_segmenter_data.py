@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.training.segmenter_data import (
+    SampleMaker,
+    SegmentedObject,
+    jitter_box,
+    load_backgrounds,
+    load_labelled,
+    load_objects,
+    paste,
+    random_point,
+    rescale,
+    tight_object,
+)
+
+
+def shape_object(seed: int, height: int = 120, width: int = 160, source: str = "shapes") -> SegmentedObject:
+    """A coloured ellipse on noise."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 90, (height, width, 3)).astype(np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    centre = (int(rng.integers(50, width - 50)), int(rng.integers(40, height - 40)))
+    cv2.ellipse(mask, centre, (int(rng.integers(12, 40)), int(rng.integers(12, 30))), float(rng.uniform(0, 180)), 0, 360, 255, -1)
+    image[mask == 255] = rng.integers(150, 256, 3)
+    item = tight_object(image, mask, source, f"{source}/{seed}")
+    assert item is not None
+    return item
+
+
+def write_mask_folder(root: Path, names: list[str]) -> None:
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for index, name in enumerate(names):
+        item = shape_object(index)
+        cv2.imwrite(str(root / "images" / f"{name}.jpg"), item.image)
+        cv2.imwrite(str(root / "masks" / f"{name}.png"), item.full_mask())
+
+
+def test_tight_objects_give_their_mask_back() -> None:
+    mask = np.zeros((30, 40), np.uint8)
+    mask[5:9, 7:20] = 255
+    mask[6, 10] = 128
+    item = tight_object(np.zeros((30, 40, 3), np.uint8), mask, "a", "b")
+    assert item is not None
+    assert item.box_xyxy == (7, 5, 20, 9)
+    np.testing.assert_array_equal(item.full_mask(), mask)
+    assert tight_object(item.image, np.zeros_like(mask), "a", "b") is None
+
+
+def test_pictures_of_pascal_voc_are_left_out_and_groups_never_mix(tmp_path: Path) -> None:
+    voc = ["person_2007_000170", "bike_2008_000782"]
+    write_mask_folder(tmp_path / "grabcut", [f"thing{k}" for k in range(40)] + voc)
+    trained, held_out = (load_objects(tmp_path, held_out=flag) for flag in (False, True))
+    groups = [{item.group for item in part} for part in (trained, held_out)]
+    assert not groups[0] & groups[1]
+    assert groups[0] | groups[1] == {f"thing{k}" for k in range(40)}
+    assert len(groups[0]) > len(groups[1]) > 0
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")
+def test_coco_polygons_and_panoptic_segments(tmp_path: Path) -> None:
+    square = [10, 10, 50, 10, 50, 40, 10, 40]
+    pictures = [{"id": k, "file_name": f"{k}.jpg"} for k in range(30)]
+    for name in ("coco", "coco_panoptic"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        for picture in pictures:
+            cv2.imwrite(str(tmp_path / name / "images" / str(picture["file_name"])), np.full((60, 80, 3), 99, np.uint8))
+    shapes = [{"image_id": k, "iscrowd": 0, "segmentation": [square]} for k in range(30)]
+    crowd = {"image_id": 0, "iscrowd": 1, "segmentation": {"counts": [], "size": [60, 80]}}
+    (tmp_path / "coco/instances.json").write_text(json.dumps({"images": pictures, "annotations": [*shapes, crowd]}))
+    (tmp_path / "coco_panoptic/panoptic").mkdir()
+    ids = np.zeros((60, 80, 3), np.uint8)
+    ids[10:40, 10:50] = (0, 1, 2)  # BGR: id = 2 + 256
+    ids[40:] = (0, 0, 7)
+    segments = [{"id": 258, "category_id": 1, "iscrowd": 0}, {"id": 7, "category_id": 2, "iscrowd": 0}]
+    for picture in pictures:
+        cv2.imwrite(str(tmp_path / f"coco_panoptic/panoptic/{picture['id']}.png"), ids)
+    entries = [{"image_id": k, "file_name": f"{k}.png", "segments_info": segments} for k in range(30)]
+    categories = [{"id": 1, "isthing": 1}, {"id": 2, "isthing": 0}]
+    (tmp_path / "coco_panoptic/panoptic.json").write_text(json.dumps({"annotations": entries, "categories": categories}))
+    items = load_objects(tmp_path, held_out=False) + load_objects(tmp_path, held_out=True)
+    assert sorted(item.source for item in items) == ["coco"] * 30 + ["coco_panoptic"] * 30
+    for item in items:
+        assert np.abs(np.array(item.box_xyxy) - (10, 10, 50, 40)).max() <= 1
+
+
+def test_nothing_to_learn_from(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no objects to learn from"):
+        load_objects(tmp_path, held_out=False)
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco/instances.json").write_text("{")
+    with pytest.raises(InputError, match=r"instances.json' cannot be read"):
+        load_objects(tmp_path, held_out=False)
+    with pytest.raises(InputError, match="does not exist"):
+        load_backgrounds([tmp_path / "roads"], 3, 0)
+    with pytest.raises(InputError, match="must hold folders images and labels"):
+        load_labelled(tmp_path)
+
+
+def test_labelled_anomalies_become_one_object_each(tmp_path: Path) -> None:
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    label = np.zeros((60, 80), np.uint8)
+    label[5:20, 5:20] = 1
+    label[30:50, 40:70] = 1
+    label[30:32, 40:70] = 255
+    label[55, 1] = 1
+    cv2.imwrite(str(tmp_path / "images/a.png"), np.zeros((60, 80, 3), np.uint8))
+    cv2.imwrite(str(tmp_path / "labels/a.png"), label)
+    items = sorted(load_labelled(tmp_path), key=lambda item: item.x)
+    assert [item.box_xyxy for item in items] == [(5, 5, 20, 20), (40, 32, 70, 50)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([32, 64]))
+def test_samples_show_the_object_at_the_prompt(seed: int, size: int) -> None:
+    roads = [np.full((100, 140, 3), 120, np.uint8)]
+    batch = SampleMaker([shape_object(k) for k in range(4)], roads).batch(2, size, np.random.default_rng(seed))
+    assert batch.crops.shape == (2, 5, size, size)
+    assert batch.targets.shape == (2, 1, size, size)
+    assert (batch.hidden >= 0).all()
+    assert batch.crops[:, :3].abs().max() <= 1
+    for crop, target in zip(batch.crops, batch.targets[:, 0], strict=True):
+        assert target.max() > 0.5
+        if crop[4].max() > 0.3:
+            row, column = divmod(int(crop[4].argmax()), size)
+            assert target[max(row - 2, 0) : row + 3, max(column - 2, 0) : column + 3].max() > 0.2
+        if crop[3].max() > 0.5:
+            covered = (crop[3] * target).sum() / target.sum()
+            assert covered > 0.5
+
+
+def test_samples_are_a_function_of_the_generator() -> None:
+    maker = SampleMaker([shape_object(k) for k in range(4)], [np.full((100, 140, 3), 120, np.uint8)])
+    first, second, other = (maker.batch(4, 32, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first.crops, second.crops)
+    assert torch.equal(first.targets, second.targets)
+    assert not torch.equal(first.crops, other.crops)
+
+
+def test_jittered_boxes_move_outwards() -> None:
+    outwards: NDArray[np.float64] = np.array([0.1, 0.2, -0.1, 0.0])
+    assert jitter_box((10, 20, 30, 60), outwards) == pytest.approx((8, 12, 28, 60))
+
+
+@given(st.integers(0, 1000), st.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_points_lie_on_the_object(seed: int, interior: float) -> None:
+    item = shape_object(seed % 5)
+    x, y = random_point(item, np.random.default_rng(seed), interior)
+    assert item.full_mask()[int(y), int(x)] == 255
+
+
+def test_rescaling_keeps_image_and_mask_together() -> None:
+    item = shape_object(3)
+    small = rescale(item, 0.5)
+    assert small.image.shape == (60, 80, 3)
+    assert np.array(small.box_xyxy) == pytest.approx(np.array(item.box_xyxy) / 2, abs=1.5)
+    assert np.count_nonzero(small.mask == 255) == pytest.approx(np.count_nonzero(item.mask) / 4, rel=0.15)
+    assert small.image[small.full_mask() == 255].mean() > 140
+
+
+def test_pasting_covers_the_background_only_where_the_mask_says() -> None:
+    road = np.full((100, 140, 3), 10, np.uint8)
+    for seed in range(20):
+        pasted = paste(shape_object(seed), road, np.random.default_rng(seed))
+        far = cv2.dilate(pasted.full_mask(), np.ones((9, 9), np.uint8)) == 0
+        assert (pasted.image[far] == 10).all()
+        assert (road == 10).all()

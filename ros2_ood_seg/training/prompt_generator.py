@@ -59,6 +59,7 @@ class PromptTraining:
         flip: Chance of a horizontal flip.
         shortest_px: Maps are resized so that the shorter side is this (published: 800, longer at most 1333).
         longest_px: See ``shortest_px``.
+        input_width: Width px to which whole maps are resized in use, 0 for their own (published); stored beside the weights.
         scale: Range of a further random factor of the size, log-uniform.
         crop_hw: Random crop after resizing, (0, 0) for none.
         fragments: Chance that smooth random patches of the map are dimmed, as scorers do inside real objects.
@@ -88,6 +89,7 @@ class PromptTraining:
     flip: float = 0.5
     shortest_px: int = 800
     longest_px: int = 1333
+    input_width: int = 0
     scale: tuple[float, float] = (1.0, 1.0)
     crop_hw: tuple[int, int] = (0, 0)
     fragments: float = 0.0
@@ -124,10 +126,11 @@ PRESETS = {
         warmup_iterations=200,
         steps=(1700, 2250),
         clip_norm=10.0,
-        shortest_px=360,
-        longest_px=640,
-        scale=(0.7, 1.3),
-        crop_hw=(288, 512),
+        shortest_px=280,
+        longest_px=480,
+        input_width=640,
+        scale=(0.7, 1.4),
+        crop_hw=(256, 448),
         fragments=0.4,
         contrast=(0.6, 1.6),
         min_box_px=2.0,
@@ -274,7 +277,7 @@ def train_prompt_generator(
                     _log(output / "recall.csv", {"iteration": done, **recall_by_size(network, measured, recipe, device)})
     path = output / "prompt_generator.safetensors"
     if rank == 0:
-        metadata = {"network": recipe.network, "map_input": map_input.to_dict(), "input_width": _input_width(maps, recipe)}
+        metadata = {"network": recipe.network, "map_input": map_input.to_dict(), "input_width": recipe.input_width}
         save_weights(path, network.state_dict(), {**metadata, "recipe": asdict(recipe), **(extra_metadata or {})})
     return path
 
@@ -400,19 +403,11 @@ def _dimming(shape_hw: tuple[int, ...], rng: np.random.Generator) -> Tensor:
     coarse = torch.from_numpy(rng.random((1, 1, cells, 2 * cells)).astype(np.float32))
     smooth = F.interpolate(coarse, size=shape_hw, mode="bicubic")[0, 0].clamp(0, 1)
     depth = float(rng.uniform(0.2, 0.8))
-    return 1.0 - depth * ((smooth - 0.55) / 0.2).clamp(0, 1)
+    return 1.0 - depth * ((smooth - 0.4) / 0.4).clamp(0, 1)
 
 
 def _log_uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
     return float(np.exp(rng.uniform(np.log(bounds[0]), np.log(bounds[1]))))
-
-
-def _input_width(maps: ScoreMaps, recipe: PromptTraining) -> int:
-    """Width at which maps like the trained ones reach ``shortest_px``; published weights run at the map's own."""
-    if recipe.network == "s2m" and recipe.input_mode == "raw":
-        return 0
-    height, width = maps[0].scores.shape
-    return round(width * min(recipe.shortest_px / min(height, width), recipe.longest_px / max(height, width)))
 
 
 def _resume(path: Path, network: nn.Module, optimizer: torch.optim.SGD, recipe: PromptTraining, device: torch.device) -> int:

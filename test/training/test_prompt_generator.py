@@ -33,17 +33,18 @@ from ros2_ood_seg.weights.store import load_weights
 CALIBRATION = Calibration((-20.0, 0.0), (0.0, 1.0))
 TINY = replace(
     PRESETS["compact"],
-    iterations=70,
+    iterations=50,
     batch_size=4,
     warmup_iterations=20,
-    steps=(55,),
+    steps=(40,),
     shortest_px=64,
     longest_px=128,
+    input_width=128,
     crop_hw=(0, 0),
     scale=(1.0, 1.0),
     fragments=0.0,
     held_out=8,
-    checkpoint_every=70,
+    checkpoint_every=50,
 )
 
 
@@ -83,7 +84,7 @@ def test_a_minute_of_training_finds_boxes_that_fit(trained: Path) -> None:
 def test_run_leaves_logs_and_a_described_weights_file(trained: Path) -> None:
     with (trained.parent / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [int(r["iteration"]) for r in rows] == [20, 40, 60]
+    assert [int(r["iteration"]) for r in rows] == [20, 40]
     assert float(rows[-1]["loss_classifier"]) < float(rows[0]["loss_classifier"]) * 2
     metadata = load_weights(trained).metadata
     assert metadata["network"] == "compact"

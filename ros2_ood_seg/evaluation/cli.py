@@ -36,7 +36,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--save", type=Path, metavar="DIR", help="write score/, refined/ (npy) and instances/ (json) of every image")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the profile; may be repeated")
     parser.add_argument("--weights-dir", help="folder of further weights")
-    parser.add_argument("--external", type=Path, metavar="DIR", help="score maps <stem>.npy for the scorer 'external'")
+    parser.add_argument(
+        "--external", type=Path, metavar="DIR", help="score maps <stem>.npy (bag: <stamp in ns>.npy) for the scorer 'external'"
+    )
     parser.add_argument("--fpr-rule", choices=pixel.FPR_RULES, default="ge", help="how fpr95 is read; all rules are in the report")
     parser.add_argument("--track", choices=("auto", *component.TRACKS), default="auto", help="minimum component sizes (SegmentMeIfYouCan)")
     parser.add_argument("--pixel-mode", choices=("auto", "exact", "coarse"), default="auto", help="pool every score, or coarsened ones")
@@ -75,6 +77,10 @@ def _write(evaluation: Evaluation, output: Path, dataset: str, instance_rule: st
     return report
 
 
+def _external(args: argparse.Namespace, name: str) -> NDArray[np.float32] | None:
+    return read_map(args.external / f"{name}.npy") if args.external else None
+
+
 def _evaluate_dataset(args: argparse.Namespace, config: PipelineConfig, output: Path) -> dict[str, Any]:
     dataset = open_dataset(args.dataset, args.root)
     if args.max_images:
@@ -90,7 +96,7 @@ def _evaluate_dataset(args: argparse.Namespace, config: PipelineConfig, output: 
     missing = [source for source in dataset.sources if not evaluation.has(source.name)]
     with tqdm(total=len(dataset), initial=len(dataset) - len(missing), desc=f"{config.profile} on {dataset.name}", unit="image") as bar:
         for frame, load_ms in load_frames(dataset, missing, evaluation.overlap):
-            evaluation.add(frame, read_map(args.external / f"{frame.name}.npy") if args.external else None, load_ms)
+            evaluation.add(frame, _external(args, frame.name), load_ms)
             bar.update()
     evaluation.order(source.name for source in dataset.sources)
     return _write(evaluation, output, dataset.name, dataset.instance_rule)
@@ -112,7 +118,7 @@ def _evaluate_bag(args: argparse.Namespace, config: PipelineConfig, output: Path
                 # Bags are read in one go, so nothing of an earlier run is used again.
                 stamp = {"started": time.time()}
                 evaluation = Evaluation(pipeline, output.with_suffix(".parts"), options, stamp, count * frame.label.size)
-            evaluation.add(frame)
+            evaluation.add(frame, _external(args, frame.name))
     if evaluation is None:
         raise InputError(f"bag '{args.bag}' gave no labelled frames")
     rule = f"topic {args.instance_topic}" if args.instance_topic else COMPONENT_RULE

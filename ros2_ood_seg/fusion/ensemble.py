@@ -6,17 +6,12 @@ import torch
 from torch import Tensor
 
 from ros2_ood_seg.config import FusionConfig
-from ros2_ood_seg.fusion.overlaps import add_inside
+from ros2_ood_seg.fusion.overlaps import MaskMeasures
 from ros2_ood_seg.types import ScoreMap
 
 
 def ensemble(
-    config: FusionConfig,
-    score_map: ScoreMap,
-    masks: Tensor,
-    values: Tensor,
-    boxes_xyxy: list[tuple[int, int, int, int]],
-    ignore: Tensor | None,
+    config: FusionConfig, score_map: ScoreMap, masks: Tensor, measures: MaskMeasures, kept: Tensor, values: Tensor, ignore: Tensor | None
 ) -> Tensor:
     """``A + U`` with ``A(x)`` the sum over masks that contain x (UGainS section 3.3, kumuji/ugains ``sam_sampling.py``).
 
@@ -29,9 +24,10 @@ def ensemble(
     Args:
         config: Floor settings.
         score_map: The scorer's map, U.
-        masks: (N, H, W) bool, kept masks.
-        values: (N,) float32 their scores in the scorer's range.
-        boxes_xyxy: N boxes that hold the masks.
+        masks: (N, H, W) bool, all masks.
+        measures: Where they are.
+        kept: (K,) int64 indices of the masks that count.
+        values: (K,) float32 their scores in the scorer's range.
         ignore: (H, W) bool or None.
 
     Returns:
@@ -41,7 +37,9 @@ def ensemble(
     relative = config.floor == "calibration"
     added = values.sub(calibration.to_raw(config.floor_unit)).clamp_(min=0.0) if relative else values
     total = torch.zeros_like(score_map.scores)
-    add_inside(total, masks, added, boxes_xyxy)
+    for n, value in zip(kept.tolist(), added, strict=True):
+        rows, columns = measures.windows[n]
+        total[rows, columns].addcmul_(masks[n, rows, columns].to(total.dtype), value)
     scores = score_map.scores
     if ignore is not None:
         total.masked_fill_(ignore, 0.0)

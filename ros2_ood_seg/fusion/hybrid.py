@@ -11,7 +11,7 @@ from ros2_ood_seg.fusion.ensemble import ensemble
 from ros2_ood_seg.fusion.nms import greedy_nms
 from ros2_ood_seg.fusion.overlaps import measure_masks
 from ros2_ood_seg.runtime import Runtime
-from ros2_ood_seg.types import Calibration, Fused, Instances, Masks, Prompts, ScoreMap
+from ros2_ood_seg.types import Calibration, Fused, Masks, Prompts, ScoreMap
 
 
 class HybridFusion:
@@ -37,10 +37,8 @@ class HybridFusion:
         scores = torch.lerp(calibration.to_unit(measures.mean_score), support, config.box_weight)
         kept = greedy_nms(iou, scores, config.nms_iou)
         kept = kept[measures.usable(config, scores)[kept]]
-        chosen = masks.masks[kept]
-        values = _to_raw(calibration, scores[kept])
-        refined = ensemble(config, score_map, chosen, values, [measures.boxes_xyxy[n] for n in kept.tolist()], ignore)
-        return Fused(Instances.from_masks(chosen, scores[kept], measures.mean_score[kept], masks.quality[kept]), refined)
+        refined = ensemble(config, score_map, masks.masks, measures, kept, _to_raw(calibration, scores[kept]), ignore)
+        return Fused(measures.instances(masks, kept, scores, measures.mean_score), refined)
 
 
 def _to_raw(calibration: Calibration, unit: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ros2_ood_seg.config import FusionConfig
-from ros2_ood_seg.fusion.overlaps import measure_masks, write_inside
+from ros2_ood_seg.fusion.overlaps import MaskMeasures, measure_masks
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Fused, Instances, Masks, Prompts, ScoreMap
 
@@ -35,24 +35,28 @@ class S2mFusion:
         else:
             order = torch.arange(len(masks), device=usable.device)
         order = order[usable[order]]
-        chosen, confidence, quality = masks.masks[order], confidence[order], masks.quality[order]
         refined = torch.zeros_like(score_map.scores)
-        write_inside(refined, chosen, confidence, [measures.boxes_xyxy[n] for n in order.tolist()])
+        for n in order.tolist():
+            rows, columns = measures.windows[n]
+            window = refined[rows, columns]
+            window.copy_(torch.where(masks.masks[n, rows, columns], confidence[n], window))
         if ignore is not None:
             refined.masked_fill_(ignore, 0.0)
+        return Fused(self._merged(masks, measures, order, confidence), refined)
 
+    def _merged(self, masks: Masks, measures: MaskMeasures, order: Tensor, confidence: Tensor) -> Instances:
+        """Unions of the masks at ``order`` that overlap, each with the confidence and quality of its most confident member."""
         area = measures.area_px[order]
         overlap = measures.intersection_px[order][:, order] / torch.minimum(area[:, None], area[None, :])
-        _, group = connected_components((overlap >= config.merge_overlap).cpu().numpy(), directed=False)
-        merged, best = [], []
-        for label in range(int(group.max()) + 1 if len(group) else 0):
-            members = torch.from_numpy(np.flatnonzero(group == label)).to(confidence.device)
-            merged.append(chosen[members].any(dim=0))
-            best.append(members[confidence[members].argmax()])
-        if not merged:
-            return Fused(Instances.empty(score_map.shape_hw, score_map.device), refined)
-        index = torch.stack(best)
-        return Fused(Instances.from_masks(torch.stack(merged), confidence[index], confidence[index], quality[index]), refined)
+        count, group = connected_components((overlap >= self._config.merge_overlap).cpu().numpy(), directed=False)
+        unions = masks.masks.new_zeros((count, *masks.masks.shape[1:]))
+        for n, label in zip(order.tolist(), group.tolist(), strict=True):
+            rows, columns = measures.windows[n]
+            unions[label, rows, columns] |= masks.masks[n, rows, columns]
+        ranked = np.argsort(-confidence[order].cpu().numpy(), kind="stable")
+        _, first = np.unique(group[ranked], return_index=True)
+        best = order[torch.from_numpy(ranked[first]).to(order.device)]
+        return Instances.from_masks(unions, confidence[best], confidence[best], masks.quality[best])
 
 
 def build(config: FusionConfig, runtime: Runtime) -> S2mFusion:

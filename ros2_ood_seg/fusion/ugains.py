@@ -9,7 +9,7 @@ from ros2_ood_seg.fusion.ensemble import ensemble
 from ros2_ood_seg.fusion.nms import greedy_nms
 from ros2_ood_seg.fusion.overlaps import measure_masks
 from ros2_ood_seg.runtime import Runtime
-from ros2_ood_seg.types import Fused, Instances, Masks, Prompts, ScoreMap
+from ros2_ood_seg.types import Fused, Masks, Prompts, ScoreMap
 
 _EMPTY_SCORE = -1.0
 """What kumuji/ugains puts for the mean score of a mask without pixels."""
@@ -28,10 +28,8 @@ class UgainsFusion:
         scores = score_map.calibration.to_unit(measures.mean_score)
         kept = greedy_nms(measures.iou(), measures.mean_score, config.nms_iou)
         kept = kept[measures.usable(config, scores)[kept]]
-        chosen = masks.masks[kept]
-        raw = measures.mean_score[kept]
-        refined = ensemble(config, score_map, chosen, raw, [measures.boxes_xyxy[n] for n in kept.tolist()], ignore)
-        return Fused(Instances.from_masks(chosen, scores[kept], raw, masks.quality[kept]), refined)
+        refined = ensemble(config, score_map, masks.masks, measures, kept, measures.mean_score[kept], ignore)
+        return Fused(measures.instances(masks, kept, scores, measures.mean_score), refined)
 
 
 def build(config: FusionConfig, runtime: Runtime) -> UgainsFusion:

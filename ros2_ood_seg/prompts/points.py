@@ -18,8 +18,8 @@ from ros2_ood_seg.types import Prompts, ScoreMap
 
 _TILE_PX = 16
 _FIRST_TILES = 8
-_KMEANS_SAMPLE = 20_000
-_KMEANS_CRITERIA = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 50, 0.5)
+_KMEANS_SAMPLE = 10_000
+_KMEANS_CRITERIA = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 30, 0.5)
 
 Sampler = Callable[[Tensor, PointPromptsConfig], Tensor]
 """(H, W) bool candidates, of which there is at least one, and settings -> (P, 2) float32 ``xy`` px."""
@@ -172,7 +172,7 @@ def kmeans_points(candidates: Tensor, count: int, seed: int) -> Tensor:
     """The candidates nearest to the centres of k-means clusters (k-means++, Lloyd), without duplicates.
 
     Args:
-        candidates: (H, W) bool with at least one True; of more than 20000, a random sample is clustered.
+        candidates: (H, W) bool with at least one True; of more than 10000, a random sample is clustered.
         count: Number of clusters.
         seed: Same seed, same points.
 

@@ -23,8 +23,10 @@ _LEAST_PART = 0.2
 _SURE_FRACTION = 0.06
 _PROBABLE_FRACTION = 0.4
 """A point's certain and probable foreground are discs of these fractions of the window's half-size."""
-_COLOUR_TOLERANCE = 12
-"""Pixels connected to the point whose CIELAB values differ by no more are probable foreground too."""
+_SURE_TOLERANCE = 8
+_PROBABLE_TOLERANCE = 12
+"""Pixels connected to the point whose CIELAB values differ by no more are certain (within the probable disc) and probable foreground too.
+Without certain ones beyond a small disc, most cuts collapse onto it."""
 
 Rectangle = tuple[int, int, int, int]
 
@@ -84,12 +86,13 @@ class GrabCutSegmenter:
         window, scale = self._shrunk(pixels[top:bottom, left:right])
         rows, columns = window.shape[:2]
         centre = (min(int((x - left + 0.5) * scale), columns - 1), min(int((y - top + 0.5) * scale), rows - 1))
+        near = _disc((rows, columns), centre, _PROBABLE_FRACTION * reach * scale)
         trimap = np.full((rows, columns), cv2.GC_PR_BGD, dtype=np.uint8)
-        cv2.circle(trimap, centre, max(1, round(_PROBABLE_FRACTION * reach * scale)), cv2.GC_PR_FGD, -1)
-        trimap[_similar(window, centre)] = cv2.GC_PR_FGD
+        trimap[near | _similar(window, centre, _PROBABLE_TOLERANCE)] = cv2.GC_PR_FGD
         trimap[[0, -1], :] = cv2.GC_BGD
         trimap[:, [0, -1]] = cv2.GC_BGD
-        cv2.circle(trimap, centre, max(1, round(_SURE_FRACTION * reach * scale)), cv2.GC_FGD, -1)
+        trimap[near & _similar(window, centre, _SURE_TOLERANCE)] = cv2.GC_FGD
+        trimap[_disc((rows, columns), centre, _SURE_FRACTION * reach * scale)] = cv2.GC_FGD
         cut = _component_at(self._cut(window, trimap), centre)
         mask[top:bottom, left:right] = _enlarged(cut, right - left, bottom - top)
 
@@ -125,12 +128,18 @@ def _ellipse(rows: slice, columns: slice, shape_hw: tuple[int, ...]) -> NDArray[
     return np.asarray(y[:, None] ** 2 + x[None, :] ** 2 <= 1.0)
 
 
-def _similar(window: NDArray[np.uint8], centre: tuple[int, int]) -> NDArray[np.bool_]:
+def _disc(shape_hw: tuple[int, int], centre: tuple[int, int], radius_px: float) -> NDArray[np.bool_]:
+    disc = np.zeros(shape_hw, dtype=np.uint8)
+    cv2.circle(disc, centre, max(1, round(radius_px)), 1, -1)
+    return disc > 0
+
+
+def _similar(window: NDArray[np.uint8], centre: tuple[int, int], tolerance: int) -> NDArray[np.bool_]:
     """Pixels connected to ``centre`` and of about its colour."""
     lab = cv2.GaussianBlur(cv2.cvtColor(window, cv2.COLOR_RGB2LAB), (5, 5), 0)
     filled = np.zeros((window.shape[0] + 2, window.shape[1] + 2), dtype=np.uint8)
-    tolerance = (_COLOUR_TOLERANCE,) * 3
-    cv2.floodFill(lab, filled, centre, 0, tolerance, tolerance, 8 | cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE)
+    spread = (tolerance,) * 3
+    cv2.floodFill(lab, filled, centre, 0, spread, spread, 8 | cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE)
     return filled[1:-1, 1:-1] > 0
 
 

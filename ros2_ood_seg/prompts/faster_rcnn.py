@@ -132,6 +132,10 @@ def load_detector(weights: WeightFile) -> Detector:
         weights = WeightFile(weights.path, state, {})
     else:
         detector = _from_metadata(weights)
+        own = detector.network.state_dict()
+        # Batch norms that were trained are frozen here and count no batches.
+        state = {key: value for key, value in weights.state.items() if key in own or not key.endswith("num_batches_tracked")}
+        weights = WeightFile(weights.path, state, weights.metadata)
     load_into(detector.network, weights, "Faster R-CNN prompt generator")
     return detector
 
@@ -148,7 +152,7 @@ def _from_metadata(weights: WeightFile) -> Detector:
     if name == "compact":
         return Detector(compact_rcnn(map_input), map_input, width)
     if name == "s2m":
-        return Detector(s2m_rcnn(map_input, num_classes=1, frozen_norm=False), map_input, width)
+        return Detector(s2m_rcnn(map_input, num_classes=1), map_input, width)
     raise WeightsError(f"weights file '{weights.path}' is of the prompt generator '{name}': expected 's2m' or 'compact'")
 
 

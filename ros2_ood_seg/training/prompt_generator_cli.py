@@ -52,7 +52,7 @@ class MapRecipe:
 MAP_PRESETS = {
     "s2m": MapRecipe(2966, 700, 0.0, 0.0, PasteSettings.published()),
     "compact": MapRecipe(
-        2000, 480, 0.25, 0.6, PasteSettings(crop_hw=(448, 768), frame_width_px=(800.0, 1800.0), object_px=(10.0, 420.0), native=0.3)
+        1400, 480, 0.25, 0.6, PasteSettings(crop_hw=(448, 768), frame_width_px=(800.0, 1800.0), object_px=(10.0, 420.0), native=0.3)
     ),
 }
 

@@ -47,7 +47,7 @@ class OodSegmenter(LifecycleNode):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("ood_segmenter", **kwargs)
-        self._parameters = Parameters(self)
+        self._settings = Parameters(self)
         self._statistics = FrameStatistics()
         self._state = "unconfigured"
         self._pipeline: Pipeline | None = None
@@ -58,19 +58,19 @@ class OodSegmenter(LifecycleNode):
         self._last_stamp_ns = 0
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         # A steady clock: diagnostics go out even while simulated time stands still.
-        period_s = self._parameters.node_config.diagnostics_period_s
+        period_s = self._settings.node_config.diagnostics_period_s
         self.create_timer(period_s, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     def autostart(self) -> None:
         """Configures and activates, unless the parameter ``autostart`` is off or the configuration fails."""
-        if self._parameters.node_config.autostart and self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+        if self._settings.node_config.autostart and self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
             self.trigger_activate()
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Builds the pipeline, warms it up and creates the publishers."""
-        warm_up = self._parameters.node_config.warm_up
+        warm_up = self._settings.node_config.warm_up
         try:
-            pipeline = Pipeline(self._parameters.pipeline_config)
+            pipeline = Pipeline(self._settings.pipeline_config)
             if warm_up.height and warm_up.width:
                 pipeline.warm_up(warm_up.height, warm_up.width)
         # rclpy drops exceptions of transitions without a word.
@@ -90,8 +90,8 @@ class OodSegmenter(LifecycleNode):
         self._mailbox = Mailbox()
         self._worker = threading.Thread(target=self._work, args=(self._mailbox,), name="worker", daemon=True)
         self._worker.start()
-        external = self._parameters.pipeline_config.scorer.name == "external"
-        self._source = FrameSource(self, self._parameters.node_config, external, self._on_frame, self._on_problem)
+        external = self._settings.pipeline_config.scorer.name == "external"
+        self._source = FrameSource(self, self._settings.node_config, external, self._on_frame, self._on_problem)
         return self._entered("active", result)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -176,12 +176,12 @@ class OodSegmenter(LifecycleNode):
         result = pipeline.run(image, scores)
         if not mailbox.closed and self._outputs is not None:
             result = replace(result, timings_ms={"decode": decode_ms, **result.timings_ms})
-            self._outputs.publish(frame.header, image, result, self._parameters.node_config)
+            self._outputs.publish(frame.header, image, result, self._settings.node_config)
 
     def _current_pipeline(self) -> Pipeline:
         """The pipeline with the parameters of this moment; stages whose settings are the same stay loaded."""
         assert self._pipeline is not None
-        wanted = self._parameters.pipeline_config
+        wanted = self._settings.pipeline_config
         if wanted != self._pipeline.config:
             self._pipeline = Pipeline(wanted, reuse=self._pipeline)
         return self._pipeline
@@ -192,7 +192,7 @@ class OodSegmenter(LifecycleNode):
         self.get_logger().error(text)
 
     def _publish_diagnostics(self) -> None:
-        config = self._parameters.pipeline_config
+        config = self._settings.pipeline_config
         about = {"profile": config.profile, "scorer": config.scorer.name, "segmenter": config.segmenter.name}
         if self._pipeline is not None:
             about["device"] = str(self._pipeline.runtime.device)
@@ -217,7 +217,9 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         0 after a signal, 2 when a parameter cannot be used.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Also when a shell that starts it in the background has them ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     node: OodSegmenter | None = None
     try:
         rclpy.init(args=args)

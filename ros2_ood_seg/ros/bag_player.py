@@ -1,0 +1,207 @@
+"""Plays the images of a bag into ROS: ``python -m ros2_ood_seg.ros.bag_player BAG --topic T``.
+
+For homes without ``ros2 bag play``, and for machines slower than the recording: with ``--lockstep`` the next image goes out when the
+node has answered the last one, so that it sees every frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import rclpy
+from rclpy.executors import ExternalShutdownException
+from rclpy.node import Node
+from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CompressedImage, Image
+
+from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.evaluation.bags import COMPRESSED_IMAGE, BagImage, BagReader
+from ros2_ood_seg.msg import AnomalyInstanceArray
+
+_KINDS = {COMPRESSED_IMAGE: CompressedImage}
+_SECOND = 1_000_000_000
+
+
+@dataclass
+class PlayReport:
+    """What became of a recording.
+
+    Args:
+        frames: Images in the recording.
+        played: Images published.
+        answered: Images whose instances came back.
+        duration_s: From the first image to the last answer, or the end of playing.
+        latency_ms: From publishing an image to receiving its instances, through two processes, by order of answer.
+        complete: The recording was played to its end.
+    """
+
+    frames: int
+    played: int
+    answered: int
+    duration_s: float
+    latency_ms: list[float]
+    complete: bool
+
+
+class BagPlayer(Node):
+    """Publishes recorded images as they are and listens for the answers.
+
+    Args:
+        kind: Message class of the images.
+        topic: Where to publish them.
+        answers: Topic of the instances.
+    """
+
+    def __init__(self, kind: type, topic: str, answers: str) -> None:
+        super().__init__("bag_player")
+        reliable = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=10, reliability=ReliabilityPolicy.RELIABLE)
+        self._images = self.create_publisher(kind, topic, reliable)
+        self._subscription = self.create_subscription(AnomalyInstanceArray, answers, self._on_answer, reliable)
+        self._sent: dict[int, float] = {}
+        self.latency_ms: dict[int, float] = {}
+        self.last_answer = 0.0
+
+    @property
+    def is_connected(self) -> bool:
+        """Someone listens to the images, and someone offers answers."""
+        answers = self.count_publishers(self._subscription.topic_name) > 0
+        return answers and self._images.get_subscription_count() > 0
+
+    def send(self, image: BagImage, data: bytes) -> None:
+        """Publishes an image's recorded bytes."""
+        self._sent.setdefault(image.stamp_ns, time.perf_counter())
+        self._images.publish(data)
+
+    def until(self, condition: Callable[[], bool], patience_s: float) -> bool:
+        """Works until the condition holds; False when patience ran out first."""
+        end = time.perf_counter() + patience_s
+        while not condition():
+            left = end - time.perf_counter()
+            if left <= 0.0:
+                return False
+            rclpy.spin_once(self, timeout_sec=min(left, 0.1))
+        return True
+
+    def _on_answer(self, message: AnomalyInstanceArray) -> None:
+        stamp_ns = message.header.stamp.sec * _SECOND + message.header.stamp.nanosec
+        if stamp_ns in self._sent:
+            self.last_answer = time.perf_counter()
+            self.latency_ms.setdefault(stamp_ns, (self.last_answer - self._sent[stamp_ns]) * 1e3)
+
+
+def play(bag: BagReader, topic: str, player: BagPlayer, options: argparse.Namespace) -> PlayReport:
+    """Plays one topic of an open bag.
+
+    Args:
+        bag: The recording.
+        topic: Full name of its image topic.
+        player: Publishes.
+        options: ``rate``, ``lockstep``, ``patience``, ``max_seconds`` and ``max_frames`` of the command line.
+
+    Raises:
+        InputError: The recording is damaged.
+    """
+    start = time.perf_counter()
+    played, complete, first_ns, newest_ns = 0, True, 0, 0
+    for raw in bag.iter_raw([topic]):
+        if played and (time.perf_counter() - start > options.max_seconds or played == options.max_frames):
+            complete = False
+            break
+        image = bag.image(raw)
+        first_ns = first_ns or raw.time_ns
+        if not options.lockstep:
+            due = start + (raw.time_ns - first_ns) / _SECOND / options.rate
+            player.until(lambda due=due: time.perf_counter() >= due, max(0.0, due - time.perf_counter()))
+        player.send(image, raw.data)
+        played, newest_ns = played + 1, image.stamp_ns
+        if options.lockstep:
+            if not player.until(lambda s=newest_ns: s in player.latency_ms, options.patience):
+                # Best effort lost it, or the frame cannot be used; one more try tells.
+                player.send(image, raw.data)
+                player.until(lambda s=newest_ns: s in player.latency_ms, options.patience)
+    if not options.lockstep:
+        # The newest image is still in work when a recording ends.
+        player.until(lambda: newest_ns in player.latency_ms, options.patience)
+    end = player.last_answer or time.perf_counter()
+    count = next(t.count for t in bag.topics if t.name == topic)
+    return PlayReport(count, played, len(player.latency_ms), end - start, list(player.latency_ms.values()), complete)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="bag_player", description="Plays the images of a bag into ROS.")
+    parser.add_argument("bag", type=Path, help="rosbag2 recording: folder, .mcap or .db3")
+    parser.add_argument("--topic", help="image topic of the bag; may be left out when there is one")
+    parser.add_argument("--as", dest="target", default="image", help="topic to publish on; compressed images go to TARGET/compressed")
+    parser.add_argument("--answers", default="ood_segmenter/instances", help="topic of the instances (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=1.0, help="speed, 1 is as recorded (default: %(default)s)")
+    parser.add_argument("--lockstep", action="store_true", help="send the next image when the last one is answered")
+    parser.add_argument("--patience", type=float, default=20.0, metavar="S", help="lockstep: wait this long for an answer, then try again")
+    parser.add_argument(
+        "--wait-for-subscribers", type=float, default=60.0, metavar="S", help="wait this long for a node (default: %(default)s)"
+    )
+    parser.add_argument("--max-frames", type=int, default=0, metavar="N", help="stop after N images (default: all)")
+    parser.add_argument("--max-seconds", type=float, default=float("inf"), metavar="S", help="stop after this time (default: never)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write what was played, answered and how fast as JSON")
+    options = parser.parse_args(arguments)
+    if not options.rate > 0.0:
+        parser.error(f"--rate is {options.rate:g}, it must be above 0")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Plays and reports.
+
+    Raises:
+        InputError: The bag cannot be used, or no node is there.
+    """
+    with BagReader(options.bag) as bag:
+        topic = bag.image_topic(options.topic)
+        target = options.target + ("/compressed" if topic.msgtype == COMPRESSED_IMAGE else "")
+        player = BagPlayer(_KINDS.get(topic.msgtype, Image), target, options.answers)
+        try:
+            if not player.until(lambda: player.is_connected, options.wait_for_subscribers):
+                raise InputError(
+                    f"no node listens to '{target}' and answers on '{options.answers}' after {options.wait_for_subscribers:g} s"
+                )
+            report: dict[str, Any] = asdict(play(bag, topic.name, player, options))
+        finally:
+            player.destroy_node()
+    if options.report:
+        options.report.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    print(f"played {report['played']} of {report['frames']} images, {report['answered']} answered", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the player.
+
+    Returns:
+        0 when done, 2 when the bag cannot be used or no node is there, 130 after an interrupt.
+    """
+    options = parse_arguments(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        rclpy.init(args=[])
+        run(options)
+    except InputError as error:
+        print(f"bag_player: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, ExternalShutdownException):
+        return 130
+    finally:
+        with contextlib.suppress(Exception):
+            rclpy.try_shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

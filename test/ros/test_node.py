@@ -1,0 +1,242 @@
+"""The node in its own process; images come from this one, over DDS."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="needs ROS 2")
+pytest.importorskip("ros2_ood_seg.msg", reason="the messages are not built (colcon build)")
+
+from harness import PATIENCE_S, Client, NodeProcess, scene
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
+from rcl_interfaces.srv import SetParameters
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import Header
+
+from ros2_ood_seg import rle
+from ros2_ood_seg.ros.images import array_to_image, image_to_rgb, image_to_scores, rgb_to_compressed
+from ros2_ood_seg.ros.outputs import IMAGE_TOPICS, SMALL_TOPICS
+
+pytestmark = pytest.mark.dds
+StartNode = Callable[..., NodeProcess]
+Running = tuple[NodeProcess, Client]
+SECOND = 10**9
+
+
+def header(stamp_ns: int) -> Header:
+    made = Header(frame_id="front_camera_optical")
+    made.stamp.sec, made.stamp.nanosec = divmod(stamp_ns, SECOND)
+    return made
+
+
+def send(client: Client, stamp_ns: int, image: np.ndarray, scores: np.ndarray) -> None:
+    client.images.publish(array_to_image(image, "rgb8", header(stamp_ns)))
+    client.maps.publish(array_to_image(scores, "32FC1", header(stamp_ns)))
+
+
+def ask(client: Client, stamp_ns: int, *boxes: tuple[int, int, int, int]) -> None:
+    """Sends a scene and waits until all topics have answered."""
+    image, scores = scene(*boxes)
+    send(client, stamp_ns, image, scores)
+    topics = [name for name in (*SMALL_TOPICS, *IMAGE_TOPICS) if name != "semantic"]
+    client.until(
+        lambda: all(client.answer(name, stamp_ns) for name in topics),
+        "all answers",
+        again=lambda: send(client, stamp_ns, image, scores),
+    )
+
+
+def transition(client: Client, number: int) -> bool:
+    request = ChangeState.Request(transition=Transition(id=number))
+    return client.call(ChangeState, "change_state", request).success
+
+
+def state(client: Client) -> str:
+    return client.call(GetState, "get_state", GetState.Request()).current_state.label
+
+
+def test_all_outputs_carry_the_stamp_and_agree(running: Running) -> None:
+    _, client = running
+    stamp_ns = SECOND + 123_456_789
+    ask(client, stamp_ns, (10, 30, 40, 60), (70, 50, 110, 80))
+    found = client.answer("instances", stamp_ns)
+    labels_message = client.answer("instance_mask", stamp_ns)
+    for name in SMALL_TOPICS | IMAGE_TOPICS:
+        if name != "semantic":
+            assert client.answer(name, stamp_ns).header == header(stamp_ns), name
+    assert (found.profile, found.scorer) == ("external", "external")
+    assert (labels_message.encoding, labels_message.is_bigendian) == ("mono16", int(sys.byteorder == "big"))
+    labels = np.frombuffer(labels_message.data, np.uint16).reshape(96, 128)
+    assert len(found.instances) == 2
+    assert [instance.id for instance in found.instances] == [1, 2]
+    for instance in found.instances:
+        mask = rle.decode(instance.mask.counts, instance.mask.height, instance.mask.width)
+        np.testing.assert_array_equal(mask, labels == instance.id)
+        rows, columns = np.nonzero(mask)
+        box = instance.box
+        assert (box.x_min, box.y_min, box.x_max, box.y_max) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert instance.area == mask.sum()
+        assert instance.track_id > 0
+        # The cut finds the bright object that was drawn.
+        truth = scene((10, 30, 40, 60))[1] > 0.5 if box.x_min < 64 else scene((70, 50, 110, 80))[1] > 0.5
+        assert (mask & truth).sum() / (mask | truth).sum() > 0.9
+    np.testing.assert_array_equal(labels > 0, np.isin(labels, [1, 2]))
+    assert list(client.answer("boxes", stamp_ns).boxes) == [instance.box for instance in found.instances]
+    refined = image_to_scores(client.answer("anomaly_map", stamp_ns))
+    assert refined[labels > 0].min() > refined[labels == 0].max()
+    overlay = image_to_rgb(client.answer("overlay", stamp_ns))
+    assert overlay.shape == (96, 128, 3)
+    assert np.any(overlay != scene((10, 30, 40, 60), (70, 50, 110, 80))[0])
+    compressed = image_to_rgb(client.answer("overlay/compressed", stamp_ns))
+    assert np.abs(compressed.astype(int) - overlay).mean() < 20
+    timing = client.answer("timing", stamp_ns)
+    assert {"decode", "score", "prompt", "segment", "fuse", "total"} <= set(timing.stages)
+    assert len(timing.stages) == len(timing.duration_ms)
+    assert timing.latency_ms > 0
+
+
+def test_bad_frames_are_counted_and_the_next_one_is_answered(running: Running) -> None:
+    node, client = running
+    image, scores = scene((10, 30, 40, 60))
+    good = array_to_image(image, "rgb8", header(0))
+    not_finite = scores.copy()
+    not_finite[3, 4] = np.nan
+    cases = [
+        (Image(height=96, width=128, encoding="infrared", step=384, data=good.data), scores, "'infrared' is not known: use one of rgb8"),
+        (Image(height=96, width=128, encoding="rgb8", step=384, data=good.data[:1000]), scores, "image data has 1000 bytes"),
+        (Image(height=96, width=128, encoding="rgb8", step=9, data=good.data), scores, "step 9 is too small"),
+        (Image(encoding="rgb8"), scores, "got 0x0 px"),
+        (good, not_finite, "1 of 12288 values are NaN or infinite"),
+    ]
+    for number, (bad, values, reason) in enumerate(cases, start=10):
+
+        def send_bad(bad: Image = bad, values: np.ndarray = values, number: int = number) -> None:
+            bad.header = header(number * SECOND)
+            client.images.publish(bad)
+            client.maps.publish(array_to_image(values, "32FC1", header(number * SECOND)))
+
+        send_bad()
+        client.until(
+            lambda reason=reason: reason in client.diagnostics.get("last error", ""), f"a complaint about {reason}", again=send_bad
+        )
+        assert reason in client.diagnostics["message"]
+    assert int(client.diagnostics["frames rejected"]) >= len(cases)
+    assert not any(client.answer("instances", number * SECOND) for number in range(10, 10 + len(cases)))
+    ask(client, 100 * SECOND, (10, 30, 40, 60))
+    assert client.answer("timing", 100 * SECOND).rejected >= len(cases)
+    assert "frame skipped: image encoding 'infrared' is not known" in node.output
+    assert "Traceback" not in node.output
+
+
+def test_parameters_change_while_running(running: Running) -> None:
+    _, client = running
+    ask(client, 200 * SECOND, (10, 30, 40, 60), (80, 50, 86, 56))
+    assert len(client.answer("instances", 200 * SECOND).instances) == 2
+    value = ParameterValue(type=ParameterType.PARAMETER_INTEGER, integer_value=100)
+    request = SetParameters.Request(parameters=[Parameter(name="prompts.boxes.min_area_px", value=value)])
+    assert client.call(SetParameters, "set_parameters", request).results[0].successful
+    ask(client, 201 * SECOND, (10, 30, 40, 60), (80, 50, 86, 56))
+    assert len(client.answer("instances", 201 * SECOND).instances) == 1
+
+
+def test_tracks_start_anew_when_time_jumps_back(running: Running) -> None:
+    _, client = running
+    tracks = []
+    for second, box in ((310, (10, 30, 40, 60)), (311, (12, 30, 42, 60)), (312, (80, 30, 110, 60)), (305, (80, 30, 110, 60))):
+        ask(client, second * SECOND, box)
+        tracks += [instance.track_id for instance in client.answer("instances", second * SECOND).instances]
+    assert tracks[0] == tracks[1] != tracks[2]
+    assert tracks[3] == 1
+
+
+def test_sigterm_ends_the_node_cleanly(running: Running) -> None:
+    node, _ = running
+    assert node.end(signal.SIGTERM) == 0
+    assert "Traceback" not in node.output
+
+
+def test_a_slow_pipeline_works_on_the_newest_frame_and_ends_within_a_long_one(start_node: StartNode, client: Client) -> None:
+    node = start_node(command=[sys.executable, str(Path(__file__).with_name("slow_node.py"))])
+    client.connect()
+    image, scores = scene((10, 30, 40, 60))
+    image[0, 0] = 4
+    for k in range(1, 31):
+        send(client, k * SECOND, image, scores)
+        client.spin(0.1)
+    last = client.until(
+        lambda: client.answer("timing", 30 * SECOND), "the last frame", again=lambda: send(client, 30 * SECOND, image, scores)
+    )
+    stamps = [message.header.stamp.sec for message in client.answers["instances"]]
+    # Frames are skipped on the way, none comes late or out of turn, and nothing is left waiting behind the newest.
+    assert stamps == sorted(stamps)
+    assert last.replaced > 0
+    assert last.received == last.answered + last.replaced
+    assert last.rejected == 0
+    image[0, 0] = 255
+    send(client, 40 * SECOND, image, scores)
+    client.until(lambda: "long frame in work" in node.output, "a long frame", again=lambda: send(client, 41 * SECOND, image, scores))
+    assert node.end(signal.SIGINT) == 0
+    assert "Traceback" not in node.output
+
+
+def test_lifecycle_from_a_failed_configuration_to_shutdown(start_node: StartNode, client: Client, tmp_path: Path) -> None:
+    hood = tmp_path / "hood.png"
+    node = start_node(runtime__ignore_mask=hood)
+    client.until(lambda: "ignore mask" in client.diagnostics.get("last error", ""), "the reason")
+    assert client.diagnostics["state"] == state(client) == "unconfigured"
+    assert "hood.png' does not exist" in node.output
+    assert cv2.imwrite(str(hood), np.zeros((96, 128), np.uint8))
+    assert transition(client, Transition.TRANSITION_CONFIGURE)
+    assert state(client) == "inactive"
+    assert client.images.get_subscription_count() == 0
+    for stamp_ns in (1 * SECOND, 2 * SECOND):
+        assert transition(client, Transition.TRANSITION_ACTIVATE)
+        client.connect()
+        ask(client, stamp_ns, (10, 30, 40, 60))
+        assert transition(client, Transition.TRANSITION_DEACTIVATE)
+        client.until(lambda: client.images.get_subscription_count() == 0, "the node to unsubscribe")
+    assert transition(client, Transition.TRANSITION_CLEANUP)
+    client.until(lambda: client.node.count_publishers("ood_segmenter/instances") == 0, "the topics to go")
+    assert transition(client, Transition.TRANSITION_CONFIGURE)
+    assert transition(client, Transition.TRANSITION_INACTIVE_SHUTDOWN)
+    assert state(client) == "finalized"
+    assert node.end() == 0
+    assert "Traceback" not in node.output
+
+
+def test_compressed_images_remapped_in_a_namespace_under_simulated_time(start_node: StartNode, dds: int) -> None:
+    start_node(remaps=("__ns:=/front", "image:=/camera/image_raw"), image_transport="compressed", use_sim_time=True)
+    client = Client(dds, "/front")
+    images = client.node.create_publisher(CompressedImage, "/camera/image_raw/compressed", 5)
+    clock = client.node.create_publisher(Clock, "/clock", 1)
+    client.connect(images, client.maps, clock)
+    clock.publish(Clock(clock=header(50 * SECOND + 250_000_000).stamp))
+    client.spin(1.0)
+    image, scores = scene((10, 30, 40, 60))
+
+    def send_compressed() -> None:
+        images.publish(rgb_to_compressed(image, 95, header(50 * SECOND)))
+        client.maps.publish(array_to_image(scores, "32FC1", header(50 * SECOND)))
+
+    send_compressed()
+    timing = client.until(lambda: client.answer("timing", 50 * SECOND), "an answer", again=send_compressed)
+    assert timing.latency_ms == pytest.approx(250.0)
+    assert len(client.answer("instances", 50 * SECOND).instances) == 1
+    client.close()
+
+
+def test_a_parameter_that_cannot_be_used_ends_with_one_line(start_node: StartNode) -> None:
+    node = start_node(profile="nonsense")
+    assert node.process.wait(PATIENCE_S) == 2
+    assert "ood_seg_node: unknown profile 'nonsense': use one of " in node.output
+    assert "Traceback" not in node.output

@@ -15,7 +15,7 @@ from ros2_ood_seg.rle import decode, encode
 MASKS = arrays(bool, st.tuples(st.integers(1, 20), st.integers(1, 20)))
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(MASKS)
 def test_coco_reads_our_runs(mask: NDArray[np.bool_]) -> None:
     height, width = mask.shape
@@ -26,7 +26,7 @@ def test_coco_reads_our_runs(mask: NDArray[np.bool_]) -> None:
     assert compressed["counts"] == coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(MASKS)
 def test_decoding_undoes_encoding(mask: NDArray[np.bool_]) -> None:
     counts = encode(mask)

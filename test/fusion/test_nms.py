@@ -36,7 +36,7 @@ def rectangles(draw: st.DrawFn) -> torch.Tensor:
     return masks
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(masks=rectangles(), seed=st.integers(0, 1000), threshold=st.sampled_from([0.1, 0.5, 0.7, 1.0]))
 def test_nms_is_that_of_nested_loops(masks: torch.Tensor, seed: int, threshold: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -46,7 +46,7 @@ def test_nms_is_that_of_nested_loops(masks: torch.Tensor, seed: int, threshold: 
     assert greedy_nms(iou, scores, threshold).tolist() == loops(masks, scores, threshold)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(masks=rectangles(), seed=st.integers(0, 1000))
 def test_measures_are_those_of_plain_numpy(masks: torch.Tensor, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -42,7 +42,7 @@ def blobs(seed: int, height: int, width: int) -> NDArray[np.bool_]:
     return found & (rng.random((height, width)) < rng.uniform(0.02, 1.0))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(candidates=MAPS, count=st.integers(1, 40))
 def test_farthest_points_are_those_of_the_definition(candidates: NDArray[np.bool_], count: int) -> None:
     expected = sequential_definition(candidates, count)

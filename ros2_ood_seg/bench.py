@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ros2_ood_seg.config import load_profile, parse_overrides
 from ros2_ood_seg.errors import InputError
@@ -96,10 +97,11 @@ def _bench_pipeline(args: argparse.Namespace) -> int:
     return 0
 
 
-def _frame(args: argparse.Namespace) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def _frame(args: argparse.Namespace) -> NDArray[np.uint8]:
     if args.image is None:
         return next(iter(SyntheticDrive(seed=0, height=args.height, width=args.width, frames=1))).image
     bgr = cv2.imread(str(args.image), cv2.IMREAD_COLOR)
     if bgr is None:
         raise InputError(f"image '{args.image}' does not exist or is no picture")
-    return cv2.cvtColor(cv2.resize(bgr, (args.width, args.height), interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2RGB).astype(np.uint8)
+    resized = cv2.resize(bgr, (args.width, args.height), interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.cvtColor(resized, cv2.COLOR_BGR2RGB), dtype=np.uint8)

@@ -52,6 +52,9 @@ class Pipeline:
         InputError: An unknown stage, missing weights, a device that is not there; the message says what is allowed.
     """
 
+    config: PipelineConfig
+    runtime: Runtime
+
     def __init__(self, config: PipelineConfig, reuse: Pipeline | None = None) -> None:
         if reuse is not None and reuse.config.runtime != config.runtime:
             reuse = None

@@ -1,0 +1,110 @@
+"""A small segmentation network with an outlier head: MobileNetV2 features and a light top-down decoder."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models import mobilenet_v2
+
+from ros2_ood_seg.weights.store import WeightFile, load_into
+
+CLASS_NAMES = ("drivable", "non-drivable", "living things", "vehicles", "road-side objects", "far objects", "sky")
+"""The in-distribution classes, level 1 of the IDD label hierarchy."""
+
+STRIDE = 32
+"""Network inputs must be multiples of this in height and width."""
+
+OUTPUT_STRIDE = 4
+"""Input pixels per output pixel."""
+
+_TAPS = (3, 6, 13, 17)
+_TAP_CHANNELS = (24, 32, 96, 320)
+
+
+class CompactOutput(NamedTuple):
+    """What the network says, at a quarter of the input resolution.
+
+    Args:
+        class_logits: (B, 7, h/4, w/4) of the in-distribution classes.
+        outlier_logit: (B, h/4, w/4), higher = more anomalous; 0 is even odds under the training mixture.
+    """
+
+    class_logits: Tensor
+    outlier_logit: Tensor
+
+
+class CompactNet(nn.Module):
+    """MobileNetV2 taps at /4, /8, /16 and /32, summed top-down, concatenated at /8 and refined at /4.
+
+    The batch norms of the features are fused into the convolutions, so training and inference compute the same function.
+
+    Args:
+        width: Channels of the decoder.
+        num_classes: In-distribution classes.
+    """
+
+    def __init__(self, width: int = 64, num_classes: int = len(CLASS_NAMES)) -> None:
+        super().__init__()
+        features = cast(nn.Sequential, mobilenet_v2(weights=None).features)[: _TAPS[-1] + 1]
+        self.features = _fused(features)
+        self.lateral = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in _TAP_CHANNELS)
+        self.context = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
+        self.merge = nn.Sequential(nn.Conv2d(3 * width, width, 1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
+        self.refine = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
+        self.class_head = nn.Conv2d(width, num_classes, 1)
+        self.outlier_head = nn.Conv2d(width, 1, 1)
+
+    def load_imagenet_features(self, weights: WeightFile) -> None:
+        """Starts the features from a state dict of torchvision's ``mobilenet_v2().features``.
+
+        Raises:
+            WeightsError: The file is of another network.
+        """
+        features = cast(nn.Sequential, mobilenet_v2(weights=None).features)
+        prefix = "features."
+        state = {key.removeprefix(prefix): value for key, value in weights.state.items() if not key.startswith("classifier.")}
+        load_into(features, WeightFile(weights.path, state, weights.metadata), "torchvision mobilenet_v2 features")
+        self.features.load_state_dict(_fused(features[: _TAPS[-1] + 1]).state_dict())
+
+    def forward(self, image: Tensor, trainable_from: int = 0) -> CompactOutput:
+        """Runs the network.
+
+        Args:
+            image: (B, 3, h, w) float RGB in [0, 255], h and w multiples of :data:`STRIDE`.
+            trainable_from: Feature blocks below this index build no graph, which saves training time.
+        """
+        x = (image - 127.5) / 127.5
+        taps: list[Tensor] = []
+        for index, block in enumerate(self.features):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= trainable_from):
+                x = block(x)
+            if index in _TAPS:
+                taps.append(x)
+        c2, c3, c4, c5 = (lateral(tap) for lateral, tap in zip(self.lateral, taps, strict=True))
+        p5 = c5 + self.context(c5)
+        p4 = c4 + _resize_like(p5, c4)
+        p3 = c3 + _resize_like(p4, c3)
+        merged = self.merge(torch.cat([p3, _resize_like(p4, c3), _resize_like(p5, c3)], dim=1))
+        refined = self.refine(c2 + _resize_like(merged, c2))
+        return CompactOutput(self.class_head(refined), self.outlier_head(refined)[:, 0])
+
+
+def _resize_like(x: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _fused(features: nn.Sequential) -> nn.Sequential:
+    features.eval()
+    for module in list(features.modules()):
+        if not isinstance(module, nn.Sequential):
+            continue
+        for index in range(len(module) - 1):
+            conv, norm = module[index], module[index + 1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                module[index] = fuse_conv_bn_eval(conv, norm)
+                module[index + 1] = nn.Identity()
+    return features

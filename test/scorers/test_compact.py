@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.models import mobilenet_v2
+
+from ros2_ood_seg.config import ScorerConfig
+from ros2_ood_seg.errors import InputError, WeightsError
+from ros2_ood_seg.runtime import Runtime
+from ros2_ood_seg.scorers.compact import SCORES, CompactScorer, build, from_weights, score_of
+from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, STRIDE, CompactNet
+from ros2_ood_seg.types import Calibration
+from ros2_ood_seg.weights.store import WeightFile, save_weights
+
+CPU = Runtime(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def weights() -> WeightFile:
+    torch.manual_seed(0)
+    calibrations = {score: Calibration.linear(-k - 1.0, k + 1.0).to_dict() for k, score in enumerate(SCORES)}
+    return WeightFile(Path("random"), CompactNet().state_dict(), {"calibrations": calibrations, "default_score": "outlier"})
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (70, 130, 3), dtype=np.uint8))
+
+
+def make(weights: WeightFile, **settings: object) -> CompactScorer:
+    return from_weights(weights, ScorerConfig(**{"input_width": 128, **settings}), CPU)
+
+
+def test_scores_are_in_image_pixels_and_deterministic(weights: WeightFile, image: torch.Tensor) -> None:
+    scorer = make(weights)
+    first, second = scorer(image), scorer(image)
+    assert first.shape_hw == (70, 130)
+    assert first.scores.dtype == torch.float32
+    assert torch.equal(first.scores, second.scores)
+    assert first.class_names == CLASS_NAMES
+    assert first.semantic is not None
+    assert first.semantic.shape == (70, 130)
+    assert first.semantic.dtype == torch.uint8
+    assert int(first.semantic.max()) < len(CLASS_NAMES)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_each_score_has_its_own_calibration(weights: WeightFile, image: torch.Tensor, score: str) -> None:
+    scorer = make(weights, score=score)
+    result = scorer(image)
+    assert result.calibration == Calibration.from_dict(weights.metadata["calibrations"][score])
+    coarse = score_of(score, scorer.logits(image))
+    assert float(coarse.min()) - 1e-4 <= float(result.scores.min())
+    assert float(result.scores.max()) <= float(coarse.max()) + 1e-4
+
+
+def test_default_score_is_the_weights_choice(weights: WeightFile, image: torch.Tensor) -> None:
+    chosen = WeightFile(weights.path, weights.state, {**weights.metadata, "default_score": "entropy"})
+    torch.testing.assert_close(make(chosen)(image).scores, make(weights, score="entropy")(image).scores)
+
+
+def test_scores_lie_where_the_cause_is(weights: WeightFile) -> None:
+    # A disturbance near the right edge must change the map there, not elsewhere: catches swapped axes and crops of the padding.
+    plain = torch.full((96, 256, 3), 128, dtype=torch.uint8)
+    disturbed = plain.clone()
+    disturbed[20:36, 200:216] = torch.tensor([255, 0, 0], dtype=torch.uint8)
+    scorer = make(weights, input_width=256)
+    change = (scorer(disturbed).scores - scorer(plain).scores).abs()
+    y, x = divmod(int(change.argmax()), 256)
+    assert 12 <= y < 44
+    assert 190 <= x < 226
+
+
+def test_padding_repeats_the_border_and_is_cut_off(weights: WeightFile) -> None:
+    scorer = make(weights, input_width=96)
+    image = torch.randint(0, 256, (70, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    padded = F.pad(image.permute(2, 0, 1)[None].float(), (0, 0, 0, -70 % STRIDE), mode="replicate")
+    net = CompactNet().eval()
+    net.load_state_dict(weights.state)
+    with torch.no_grad():
+        expected = net(padded).outlier_logit[:, :18]
+    torch.testing.assert_close(scorer.logits(image).outlier_logit, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_smoothing_flattens(weights: WeightFile, image: torch.Tensor) -> None:
+    plain, smooth = make(weights)(image).scores, make(weights, smoothing_px=15)(image).scores
+    assert smooth.shape == plain.shape
+    assert float(smooth.diff(dim=1).abs().mean()) < float(plain.diff(dim=1).abs().mean())
+    with pytest.raises(InputError, match="smoothing_px is 4"):
+        make(weights, smoothing_px=4)
+
+
+def test_refusals(weights: WeightFile, image: torch.Tensor, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"set scorer\.name to 'external'"):
+        make(weights)(image, torch.zeros(70, 130))
+    with pytest.raises(WeightsError, match="no calibration for score 'outlier'"):
+        make(WeightFile(weights.path, weights.state, {}))
+    with pytest.raises(WeightsError, match="calibrated for temperature 1"):
+        make(weights, score="energy", temperature=2.0)
+    broken = {**weights.state, "outlier_head.bias": torch.tensor([float("nan")])}
+    with pytest.raises(InputError, match="9100 scores that are not finite"):
+        make(WeightFile(weights.path, broken, weights.metadata))(image)
+    other = tmp_path / "other.safetensors"
+    save_weights(other, {"conv.weight": torch.zeros(1)}, {})
+    with pytest.raises(WeightsError, match="not of the family 'compact_scorer'"):
+        build(ScorerConfig(weights=str(other)), CPU)
+
+
+def test_fused_features_compute_what_torchvision_computes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    reference = mobilenet_v2(weights=None).features.eval()
+    for module in reference.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+            torch.nn.init.uniform_(module.bias, -0.2, 0.2)
+    net = CompactNet().eval()
+    net.load_imagenet_features(WeightFile(tmp_path, reference.state_dict(), {}))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(net.features(x), reference[:18](x), rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_blocks_get_no_gradient(weights: WeightFile) -> None:
+    net = CompactNet()
+    net(torch.rand(1, 3, 64, 64) * 255, trainable_from=4).outlier_logit.sum().backward()
+    assert all(p.grad is None for p in net.features[:4].parameters())
+    assert all(p.grad is not None for p in net.features[4:].parameters())

@@ -16,8 +16,10 @@ from ros2_ood_seg.config import PipelineConfig, load_profile
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component, pixel
 from ros2_ood_seg.evaluation.bags import BagReader
+from ros2_ood_seg.evaluation.compare import comparison, counts_path
 from ros2_ood_seg.evaluation.datasets import COMPONENT_RULE, LAYOUTS, labelled_image, open_dataset
 from ros2_ood_seg.evaluation.evaluate import Evaluation, Options, dataset_stamp, load_frames
+from ros2_ood_seg.evaluation.report_page import report_html
 from ros2_ood_seg.pipeline import Pipeline
 
 
@@ -43,6 +45,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--track", choices=("auto", *component.TRACKS), default="auto", help="minimum component sizes (SegmentMeIfYouCan)")
     parser.add_argument("--pixel-mode", choices=("auto", "exact", "coarse"), default="auto", help="pool every score, or coarsened ones")
     parser.set_defaults(run=run_evaluate)
+    parser = subparsers.add_parser("compare", help="compare evaluation reports")
+    parser.add_argument("reports", nargs="+", type=Path, metavar="REPORT.json", help="the first is what the others are compared with")
+    parser.add_argument("--samples", type=int, default=500, help="bootstrap resamplings of the images, 0 for no intervals")
+    parser.set_defaults(run=run_compare)
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -71,8 +77,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def _write(evaluation: Evaluation, output: Path, dataset: str, instance_rule: str) -> dict[str, Any]:
-    report = evaluation.report(dataset, instance_rule)
+    report, counts = evaluation.report(dataset, instance_rule)
     output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    counts.save(counts_path(output))
+    output.with_suffix(".html").write_text(report_html(report, evaluation.picture), encoding="utf-8")
     evaluation.finish()
     return report
 
@@ -123,6 +131,18 @@ def _evaluate_bag(args: argparse.Namespace, config: PipelineConfig, output: Path
         raise InputError(f"bag '{args.bag}' gave no labelled frames")
     rule = f"topic {args.instance_topic}" if args.instance_topic else COMPONENT_RULE
     return _write(evaluation, output, Path(args.bag).name, rule)
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Prints a table of reports.
+
+    Raises:
+        InputError: Reports that cannot be read, or a negative number of resamplings.
+    """
+    if args.samples < 0:
+        raise InputError(f"--samples is {args.samples}, it must be 0 or more")
+    print(comparison(args.reports, args.samples))
+    return 0
 
 
 def parse_overrides(items: list[str]) -> dict[str, Any]:

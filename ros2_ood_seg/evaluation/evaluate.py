@@ -19,6 +19,7 @@ import ros2_ood_seg
 from ros2_ood_seg.config import PipelineConfig, iter_settings
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component
+from ros2_ood_seg.evaluation.compare import ImageCounts
 from ros2_ood_seg.evaluation.datasets import DataSet, LabelledImage, Source
 from ros2_ood_seg.evaluation.measure import Maps, PartStore, instances_json, measure
 from ros2_ood_seg.evaluation.pixel import FprRule
@@ -117,12 +118,27 @@ class Evaluation:
             self.pipeline.warm_up(*frame.label.shape)
             self._warm = True
         result = self.pipeline.run(frame.image, external)
+        self.add_result(frame, result, load_ms)
+        return result
+
+    def add_result(self, frame: LabelledImage, result: FrameResult, load_ms: float = 0.0) -> None:
+        """Measures what was found elsewhere, for example by a running node with the pipeline's settings.
+
+        Args:
+            frame: With its ground truth.
+            result: Of this frame.
+            load_ms: See :meth:`add`.
+
+        Raises:
+            InputError: See :meth:`add`.
+        """
+        if frame.name in self._names:
+            raise InputError(f"two frames are named '{frame.name}'; names must be unique")
         self._wait()
         self._names[frame.name] = None
         self._measuring = self._worker.submit(self._measure, frame, result, load_ms)
         if not self.overlap:
             self._wait()
-        return result
 
     def _wait(self) -> None:
         """Waits for the frame in the worker and raises what it raised."""
@@ -141,7 +157,7 @@ class Evaluation:
         outside = {"load": load_ms, "measure": (time.perf_counter() - start) * 1e3}
         self.store.save(figures, score, refined, picture, result.timings_ms, outside, (maps.refined, frame.label) if self.exact else None)
 
-    def report(self, dataset: str, instance_rule: str = "as labelled") -> dict[str, Any]:
+    def report(self, dataset: str, instance_rule: str = "as labelled") -> tuple[dict[str, Any], ImageCounts]:
         """Pools everything that was measured.
 
         Args:
@@ -149,7 +165,8 @@ class Evaluation:
             instance_rule: Where the ground-truth instances come from.
 
         Returns:
-            Plain data for ``report.json``; a value that the profile or the data cannot have is None.
+            Plain data for ``report.json``, where a value that the profile or the data cannot have is None; the counts of every image,
+            for comparisons.
 
         Raises:
             InputError: No frame was measured.
@@ -169,6 +186,10 @@ class Evaluation:
             exact=self.exact,
             instance_rule=instance_rule,
         )
+
+    def picture(self, name: str) -> bytes:
+        """JPEG of a finished frame: instances over the image, the ground truth as a white outline."""
+        return self.store.picture(name)
 
     def finish(self) -> None:
         """Removes the folder of finished frames."""
@@ -231,7 +252,7 @@ def evaluate_frames(
     evaluation = Evaluation(pipeline, work, options or Options(), {"started": time.time()})
     for frame in frames:
         evaluation.add(frame)
-    report = evaluation.report(dataset)
+    report, _ = evaluation.report(dataset)
     evaluation.finish()
     return report
 

@@ -147,12 +147,8 @@ def judge(image: InstanceMatch, overlap: float = 0.5, min_region_px: int = MIN_R
     return Judgement(right, excused)
 
 
-def average_precision(images: Iterable[Decisions]) -> float | None:
-    """AP at one overlap; None without ground-truth instances."""
-    kept = list(images)
-    missed = sum(d.missed for d in kept)
-    right = np.concatenate([np.zeros(0), *(d.right for d in kept)])
-    wrong = np.concatenate([np.zeros(0), *(d.wrong for d in kept)])
+def average_precision(right: NDArray[np.float64], wrong: NDArray[np.float64], missed: int) -> float | None:
+    """AP at one overlap from the pooled :class:`Decisions`; None without ground-truth instances."""
     if missed + right.size == 0:
         return None
     if right.size == 0:
@@ -184,6 +180,10 @@ class InstanceScores:
 def summarise(images: Iterable[InstanceMatch], min_region_px: int = MIN_REGION_PX) -> InstanceScores:
     """AP over a data set."""
     kept = list(images)
-    aps = tuple(average_precision([decide(image, overlap, min_region_px) for image in kept]) for overlap in OVERLAPS)
+    aps = []
+    for overlap in OVERLAPS:
+        decided = [decide(image, overlap, min_region_px) for image in kept]
+        right, wrong = (np.concatenate([np.zeros(0), *(getattr(d, kind) for d in decided)]) for kind in ("right", "wrong"))
+        aps.append(average_precision(right, wrong, sum(d.missed for d in decided)))
     known = [ap for ap in aps if ap is not None]
-    return InstanceScores(float(np.mean(known)) if known else None, aps[0], aps)
+    return InstanceScores(float(np.mean(known)) if known else None, aps[0], tuple(aps))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ros2_ood_seg import __version__
 from ros2_ood_seg.config import PipelineConfig
 from ros2_ood_seg.evaluation import component, instance, pixel, s2m
+from ros2_ood_seg.evaluation.compare import ImageCounts, histogram
 from ros2_ood_seg.evaluation.measure import FrameMeasure, PartStore
 
 RULES = {
@@ -49,7 +50,7 @@ def build_report(
     minimum: component.Minimum,
     exact: bool,
     instance_rule: str,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], ImageCounts]:
     """Pools finished frames.
 
     Args:
@@ -64,7 +65,7 @@ def build_report(
         instance_rule: Where the ground-truth instances come from.
 
     Returns:
-        Plain data; a value that the profile or the data cannot have is None.
+        Plain data, where a value that the profile or the data cannot have is None; the counts of every image.
     """
     start = time.perf_counter()
     frames = [store.load(name) for name in names]
@@ -85,8 +86,17 @@ def build_report(
     by_map = component.summarise(matches)
     by_mask = component.summarise(f.components for f in frames)
     iou, f1 = s2m.per_image([f.masks for f in frames])
+    counts = ImageCounts(
+        names=np.array(names),
+        score=_histogram(store, names, "score", curves["score"]),
+        refined=_histogram(store, names, "refined", curves["refined"]),
+        masks=_sweeps([f.masks for f in frames]),
+        baseline=_sweeps(baseline_sweeps),
+        components=np.array([component.counts_at_taus(match) for match in matches], np.int64).reshape(-1, 3, component.TAUS.size),
+        **_decisions([f.instances for f in frames]),
+    )
     pooled_ms = (time.perf_counter() - start) * 1e3
-    return {
+    report = {
         "dataset": dataset,
         "profile": config.profile,
         "images": len(frames),
@@ -139,6 +149,33 @@ def build_report(
         "config": config.model_dump(),
         "versions": versions(),
         "hardware": hardware(device),
+    }
+    return report, counts
+
+
+def _histogram(store: PartStore, names: Sequence[str], kind: str, curve: pixel.PixelCurve) -> NDArray[np.int64]:
+    return histogram(curve, ((store.counts(name, kind, 1), store.counts(name, kind, 0)) for name in names))
+
+
+def _sweeps(sweeps: list[s2m.MaskSweep]) -> NDArray[np.int64]:
+    return np.array([[sweep.hits, sweep.extra, np.full_like(sweep.hits, sweep.positives)] for sweep in sweeps])
+
+
+def _decisions(images: list[instance.InstanceMatch]) -> dict[str, Any]:
+    rows: list[tuple[int, int, bool, float]] = []
+    missed = np.zeros((len(images), len(instance.OVERLAPS)), np.int64)
+    for k, image in enumerate(images):
+        for j, overlap in enumerate(instance.OVERLAPS):
+            decided = instance.decide(image, overlap)
+            missed[k, j] = decided.missed
+            rows += [(k, j, True, score) for score in decided.right] + [(k, j, False, score) for score in decided.wrong]
+    columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
+    return {
+        "instance_image": np.array(columns[0], np.int64),
+        "instance_overlap": np.array(columns[1], np.int64),
+        "instance_right": np.array(columns[2], bool),
+        "instance_score": np.array(columns[3], np.float64),
+        "missed": missed,
     }
 
 

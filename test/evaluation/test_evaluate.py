@@ -16,6 +16,7 @@ from ros2_ood_seg.cli import main
 from ros2_ood_seg.config import load_profile
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.bags import BagWriter
+from ros2_ood_seg.evaluation.compare import ImageCounts
 from ros2_ood_seg.evaluation.datasets import LabelledImage, open_dataset
 from ros2_ood_seg.evaluation.evaluate import Evaluation, Options, evaluate_frames
 from ros2_ood_seg.pipeline import Pipeline
@@ -99,6 +100,16 @@ def test_report_has_the_fixed_keys_and_agrees_with_the_saved_files(data: Path, t
         ious.append((union & (frame.label == 1)).sum() / (union | (frame.label == 1)).sum())
     assert report["s2m"]["iou"] == pytest.approx(np.mean(ious), abs=1e-9)
     assert not (tmp_path / "report.parts").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/jpeg;base64,") == 3
+    assert "http" not in page
+    assert f"{report['s2m']['iou_best']:.4f}" in page
+    counts = ImageCounts.load(tmp_path / "report.images.npz")
+    figures = counts.figures(np.ones(3, np.int64))
+    for key in ("s2m.auiou", "baseline.iou_best", "component.f1", "instance.ap"):
+        group, name = key.split(".")
+        assert figures[key] == pytest.approx(report[group][name], abs=1e-9)
 
 
 def test_s2m_metrics_follow_the_refined_map_in_an_s2m_profile(data: Path, tmp_path: Path) -> None:
@@ -139,11 +150,11 @@ def test_resumes_only_what_is_missing_and_only_with_the_same_settings(data: Path
     assert [again.has(frame.name) for frame in frames] == [True, True, False]
     again.add(frames[2], scene(2)[2])
     again.order(frame.name for frame in frames)
-    resumed = again.report("set")
+    resumed, _ = again.report("set")
     whole = Evaluation(Pipeline.from_config(config), tmp_path / "other", Options(), {"data": 1})
     for frame in frames:
         whole.add(frame, scene(int(frame.name))[2])
-    expected = whole.report("set")
+    expected, _ = whole.report("set")
     for group in ("pixel", "refined", "baseline", "s2m", "s2m_code", "component", "instance", "sizes"):
         assert resumed[group] == expected[group]
     other = config.model_copy(update={"fusion": config.fusion.model_copy(update={"nms_iou": 0.5})})
@@ -168,7 +179,7 @@ def test_frames_without_anomalies_have_no_pixel_metrics(tmp_path: Path) -> None:
     evaluation = Evaluation(pipeline, tmp_path / "work", Options())
     evaluation.add(LabelledImage("empty", image, np.zeros((96, 128), np.uint8)), np.zeros_like(scores))
     evaluation.add(LabelledImage("ignored", image, np.full((96, 128), 255, np.uint8)), np.zeros_like(scores))
-    report = evaluation.report("nothing")
+    report, _ = evaluation.report("nothing")
     assert (report["pixel"]["ap"], report["pixel"]["fpr95"], report["instance"]["ap"]) == (None, None, None)
     assert report["s2m"]["iou"] == 0.0
     with pytest.raises(InputError, match="two frames are named 'empty'"):

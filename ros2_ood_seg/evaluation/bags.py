@@ -28,6 +28,7 @@ from rosbags.typesys.store import Typestore
 from ros2_ood_seg import rle
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.image_encodings import decode_compressed, decode_compressed_labels, decode_image, decode_labels
+from ros2_ood_seg.synthetic import SyntheticDrive
 from ros2_ood_seg.types import Instances, boxes_from_masks
 
 RAW_IMAGE = "sensor_msgs/msg/Image"
@@ -216,7 +217,7 @@ class BagReader:
             InputError: See :meth:`image_topic` and :meth:`iter_raw`.
         """
         for raw in self.iter_raw([self.image_topic(topic).name]):
-            yield self._image(raw)
+            yield self.image(raw)
 
     def iter_labelled(self, image_topic: str | None, *label_topics: str) -> Iterator[tuple[BagImage, ...]]:
         """Images with their labels, matched by exactly equal stamps; images without a label are left out.
@@ -235,7 +236,7 @@ class BagReader:
         waiting: OrderedDict[int, dict[str, BagImage]] = OrderedDict()
         matched = 0
         for raw in self.iter_raw(names):
-            image = self._image(raw)
+            image = self.image(raw)
             group = waiting.setdefault(image.stamp_ns, {})
             group[raw.topic] = image
             if len(group) == len(names):
@@ -247,7 +248,12 @@ class BagReader:
         if not matched:
             raise InputError(f"bag '{self.path}': no image of '{names[0]}' has the same stamp as a label of {', '.join(names[1:])}")
 
-    def _image(self, raw: RawMessage) -> BagImage:
+    def image(self, raw: RawMessage) -> BagImage:
+        """A raw message of an image topic as an image.
+
+        Raises:
+            InputError: The bytes are no image message.
+        """
         message = self.message(raw)
         stamp = message.header.stamp
         return BagImage(raw.topic, stamp.sec * _NS_PER_S + stamp.nanosec, message.header.frame_id, raw.time_ns, message)
@@ -353,6 +359,25 @@ class BagWriter:
         data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].reshape(-1)
         cls = typestore().types[COMPRESSED_IMAGE]
         self.write(topic, cls(make_header(stamp_ns, frame_id), "rgb8; jpeg compressed bgr8", data), stamp_ns)
+
+
+DRIVE_IMAGE, DRIVE_LABEL, DRIVE_INSTANCE = "/camera/image", "/camera/anomaly_label", "/camera/instance_label"
+
+
+def write_drive(path: str | Path, drive: SyntheticDrive) -> None:
+    """Writes a synthetic drive as a bag: raw images, labels (0 normal, 1 anomaly, 255 ignore) and instance labels.
+
+    Args:
+        path: See :class:`BagWriter`.
+        drive: Its frames.
+
+    Raises:
+        InputError: See :class:`BagWriter`.
+    """
+    with BagWriter(path) as bag:
+        for frame in drive:
+            for topic, pixels in ((DRIVE_LABEL, frame.anomaly), (DRIVE_INSTANCE, frame.instances), (DRIVE_IMAGE, frame.image)):
+                bag.write_image(topic, pixels, frame.stamp_ns, "camera_optical")
 
 
 def is_bag(path: Path) -> bool:

@@ -123,11 +123,10 @@ def play(bag: BagReader, topic: str, player: BagPlayer, options: argparse.Namesp
             player.until(lambda due=due: time.perf_counter() >= due, max(0.0, due - time.perf_counter()))
         player.send(image, raw.data)
         played, newest_ns = played + 1, image.stamp_ns
-        if options.lockstep:
-            if not player.until(lambda s=newest_ns: s in player.latency_ms, options.patience):
-                # Best effort lost it, or the frame cannot be used; one more try tells.
-                player.send(image, raw.data)
-                player.until(lambda s=newest_ns: s in player.latency_ms, options.patience)
+        if options.lockstep and not player.until(lambda s=newest_ns: s in player.latency_ms, options.patience):
+            # Best effort lost it, or the frame cannot be used; one more try tells.
+            player.send(image, raw.data)
+            player.until(lambda s=newest_ns: s in player.latency_ms, options.patience)
     if not options.lockstep:
         # The newest image is still in work when a recording ends.
         player.until(lambda: newest_ns in player.latency_ms, options.patience)

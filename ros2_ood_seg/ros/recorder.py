@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from rclpy.node import Node
@@ -17,6 +18,8 @@ _SECOND = 1_000_000_000
 class Recorder(Node):
     """Subscribes to outputs of the node and keeps their messages.
 
+    Reliably, so the node's image outputs must be set to reliable by ``qos_overrides``.
+
     Args:
         outputs: Names of the node's outputs, for example ``instances`` or ``overlay/compressed``.
         segmenter: Fully qualified name of the node.
@@ -30,10 +33,8 @@ class Recorder(Node):
         kinds = {**SMALL_TOPICS, **IMAGE_TOPICS}
         self._kinds = {name: kinds[name] for name in outputs}
         self.messages: dict[str, dict[int, RawMessage]] = {name: {} for name in outputs}
-        # Best effort receives from reliable publishers too, reliably so on request of the publisher's side.
-        reliability = {True: ReliabilityPolicy.RELIABLE, False: ReliabilityPolicy.BEST_EFFORT}
+        profile = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=20, reliability=ReliabilityPolicy.RELIABLE)
         for name, kind in self._kinds.items():
-            profile = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=20, reliability=reliability[name in SMALL_TOPICS])
             self.create_subscription(kind, f"{segmenter}/{name}", lambda data, n=name: self._keep(n, data), profile, raw=True)
 
     def message(self, output: str, stamp_ns: int) -> Any:
@@ -43,7 +44,8 @@ class Recorder(Node):
 
     def _keep(self, output: str, data: bytes) -> None:
         kind = self._kinds[output]
-        stamp = deserialize_message(data, kind).header.stamp
-        stamp_ns = stamp.sec * _SECOND + stamp.nanosec
+        # All outputs begin with a header and that with its stamp; deserialising a whole image for it would cost milliseconds.
+        seconds, nanoseconds = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, 4)
+        stamp_ns = seconds * _SECOND + nanoseconds
         msgtype = f"{kind.__module__.split('.')[0]}/msg/{kind.__name__}"
         self.messages[output][stamp_ns] = RawMessage(f"/ood_segmenter/{output}", msgtype, stamp_ns, bytes(data))

@@ -82,7 +82,7 @@ def draw_overlay(
         image_rgb: (H, W, 3) uint8 RGB; not changed.
         instances: Instances of this image, on any device.
         score_map: Shown as a glow below the instances: a :class:`ScoreMap` (its calibrated scores), or (H, W) scores in [0, 1].
-        alpha: Strength of the tint, 0 to 1.
+        alpha: Strength of the tint where the score is 1, 0 to 1; a quarter of it where the score is 0.
         heat_alpha: Strength of the glow where the score is 1, 0 to 1.
         labels: Whether boxes carry labels.
 
@@ -109,7 +109,7 @@ def draw_overlay(
     order = range(len(boxes) - 1, -1, -1)
     for k in order:
         x_min, y_min, x_max, y_max = boxes[k]
-        _tint(canvas, masks[k], (x_min, y_min, x_max, y_max), instance_color(numbers[k]), alpha, line)
+        _tint(canvas, masks[k], (x_min, y_min, x_max, y_max), instance_color(numbers[k]), alpha * (0.25 + 0.75 * scores[k]), line)
         cv2.rectangle(canvas, (x_min, y_min), (x_max - 1, y_max - 1), instance_color(numbers[k]), max(1, line // 2))
     if labels:
         for k in order:

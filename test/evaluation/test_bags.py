@@ -11,12 +11,17 @@ import torch
 from ros2_ood_seg import rle
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.bags import (
+    DRIVE_IMAGE,
+    DRIVE_INSTANCE,
+    DRIVE_LABEL,
     BagReader,
     BagWriter,
     instances_from_message,
     make_header,
     typestore,
+    write_drive,
 )
+from ros2_ood_seg.synthetic import SyntheticDrive
 
 STAMPS = [1_700_000_000_000_000_001 + k * 100_000_000 for k in range(4)]
 
@@ -217,3 +222,15 @@ def test_bags_have_the_layout_that_ros_expects(tmp_path):
     head = (folder / "bag.mcap").read_bytes()[:64]
     assert head.startswith(b"\x89MCAP0\r\n")
     assert b"ros2" in head, "the profile by which Foxglove knows how to read it"
+
+
+def test_a_synthetic_drive_becomes_a_labelled_bag(tmp_path):
+    drive = SyntheticDrive(1, 64, 96, frames=2)
+    write_drive(tmp_path / "drive", drive)
+    with BagReader(tmp_path / "drive") as bag:
+        rows = list(bag.iter_labelled(DRIVE_IMAGE, DRIVE_LABEL, DRIVE_INSTANCE))
+    for (image, label, instance), frame in zip(rows, drive, strict=True):
+        assert image.stamp_ns == frame.stamp_ns
+        np.testing.assert_array_equal(image.rgb(), frame.image)
+        np.testing.assert_array_equal(label.labels(), frame.anomaly)
+        np.testing.assert_array_equal(instance.labels(), frame.instances)

@@ -15,7 +15,7 @@ def make_instances(height: int, width: int, boxes: list[tuple[int, int, int, int
     masks = torch.zeros((len(boxes), height, width), dtype=torch.bool)
     for mask, (x_min, y_min, x_max, y_max) in zip(masks, boxes, strict=True):
         mask[y_min:y_max, x_min:x_max] = True
-    scores = torch.linspace(0.9, 0.5, len(boxes))
+    scores = torch.ones(len(boxes))
     return Instances.from_masks(masks, scores, scores, scores)
 
 
@@ -31,6 +31,13 @@ def test_tint_is_the_stated_blend_inside_and_nothing_outside_is_touched():
     outside[76:154, 96:184] = False
     assert (overlay[outside] == 100).all()
     assert (image == 100).all(), "the input picture must stay as it is"
+
+
+def test_likely_instances_are_tinted_more():
+    sure = make_instances(200, 300, [(100, 80, 180, 150)])
+    unsure = Instances(**{**sure.__dict__, "scores": torch.zeros(1)})
+    change = [int(np.abs(draw_overlay(gray(200, 300), i, labels=False)[115, 140].astype(int) - 100).max()) for i in (sure, unsure)]
+    assert change[0] == pytest.approx(4 * change[1], abs=4)
 
 
 def test_contour_and_box_have_the_instance_color():

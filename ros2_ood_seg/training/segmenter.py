@@ -8,8 +8,10 @@ import csv
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ros2_ood_seg.config import RuntimeConfig, SegmenterConfig
@@ -148,9 +150,8 @@ def train_segmenter(
     if init is not None:
         _start_from(net, init)
     net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
-    average = AveragedModel(net, multi_avg_fn=ema, use_buffers=True)
-    encoder = list(net.encoder.parameters())
+    average = AveragedModel(net, multi_avg_fn=partial(_average, recipe.ema), use_buffers=True)
+    encoder = [parameter for parameter in net.encoder.parameters() if parameter.requires_grad]
     decoder = [parameter for name, parameter in net.named_parameters() if not name.startswith("encoder.")]
     optimizer = torch.optim.AdamW([{"params": encoder, "share": recipe.encoder_rate}, {"params": decoder, "share": 1.0}], weight_decay=1e-4)
     output.mkdir(parents=True, exist_ok=True)
@@ -162,10 +163,8 @@ def train_segmenter(
     net.train()
     saved_at = time.monotonic()
     sums: dict[str, float] = {}
-    for step in tqdm(range(done, recipe.iterations), total=recipe.iterations, initial=done, desc="train segmenter", mininterval=10.0):
-        # One generator per step: a resumed run sees what an uninterrupted one would have seen.
-        rng = np.random.default_rng([recipe.seed, step])
-        batch = _to_device(maker.batch(recipe.batch_size, int(rng.choice(recipe.crop_sizes)), rng), device)
+    batches = tqdm(_batches(maker, recipe, done), total=recipe.iterations, initial=done, desc="train segmenter", mininterval=10.0)
+    for step, batch in enumerate((_to_device(batch, device) for batch in batches), start=done):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * group["share"] * recipe.rate(step)
         logits, quality = net(batch.crops)
@@ -193,6 +192,33 @@ def train_segmenter(
     return output / "segmenter.safetensors"
 
 
+def _batches(maker: SampleMaker, recipe: SegmenterTraining, done: int) -> Iterator[Batch]:
+    """The batches of the steps from ``done`` on, each made while the one before is learnt."""
+
+    def make(step: int) -> Batch:
+        # One generator per step: a resumed run sees what an uninterrupted one would have seen.
+        rng = np.random.default_rng([recipe.seed, step])
+        return maker.batch(recipe.batch_size, int(rng.choice(recipe.crop_sizes)), rng)
+
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        upcoming = worker.submit(make, done)
+        for step in range(done, recipe.iterations):
+            batch = upcoming.result()
+            if step + 1 < recipe.iterations:
+                upcoming = worker.submit(make, step + 1)
+            yield batch
+
+
+def _average(decay: float, averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
+    """Exponential average of one kind of tensors; short at first, so that it soon forgets the random start."""
+    weight = 1.0 - min(decay, (1.0 + float(count)) / (10.0 + float(count)))
+    for old, new in zip(averaged, current, strict=True):
+        if old.is_floating_point():
+            old.lerp_(new.to(old.dtype), weight)
+        else:
+            old.copy_(new)
+
+
 def _start_from(net: CompactNet, init: WeightFile) -> None:
     if init.metadata.get("family") == FAMILY:
         load_into(net, init, FAMILY)
@@ -210,9 +236,9 @@ def _resume(checkpoint: Path, parts: dict[str, Any]) -> int:
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    unfinished = path.with_suffix(".partial")
+    torch.save(state, unfinished)
+    unfinished.replace(path)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

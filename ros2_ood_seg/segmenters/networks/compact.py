@@ -22,6 +22,7 @@ INPUT_CHANNELS = 5
 MASK_STRIDE = 2
 """Input pixels per mask logit."""
 _LAST = 17
+_FROZEN = 4
 _TAPS = {1: 16, 3: 24, 6: 32, 13: 96, _LAST: 320}
 _FINE = 32
 
@@ -30,7 +31,8 @@ class CompactNet(nn.Module):
     """Segments the object that the prompt channels point at.
 
     The encoder's batch norms are folded into its convolutions, for training too: the start weights come folded, so statistics of
-    small batches would only destroy them.
+    small batches would only destroy them. Its first blocks, at strides 2 and 4, see the image alone and are never trained; the prompt
+    joins behind them.
 
     Args:
         width: Channels of the decoder.
@@ -40,9 +42,10 @@ class CompactNet(nn.Module):
         super().__init__()
         self.width = width
         self.encoder = fold_batch_norm(mobilenet_v2(weights=None).features[: _LAST + 1])
-        stem = cast("nn.Sequential", self.encoder[0])
-        stem[0] = nn.Conv2d(INPUT_CHANNELS, cast("nn.Conv2d", stem[0]).out_channels, 3, stride=2, padding=1)
+        self.encoder[:_FROZEN].requires_grad_(False)
         _, c4, c8, c16, c32 = _TAPS.values()
+        self.prompt = nn.Conv2d(INPUT_CHANNELS - 3, c4, 3, padding=1)
+        nn.init.zeros_(self.prompt.weight)
         self.lateral32 = nn.Conv2d(c32, width, 1)
         self.lateral16 = nn.Conv2d(c16, width, 1)
         self.lateral8 = nn.Conv2d(c8, width, 1)
@@ -65,10 +68,12 @@ class CompactNet(nn.Module):
         Returns:
             (N, 1, S/2, S/2) mask logits, positive inside; (N,) logits of the mask's expected IoU.
         """
+        x = crops[:, :3]
         taps = []
-        x = crops
         for index, layer in enumerate(self.encoder):
             x = layer(x)
+            if index == _FROZEN - 1:
+                x = x + self.prompt(F.avg_pool2d(crops[:, 3:], 4))
             if index in _TAPS:
                 taps.append(x)
         f2, f4, f8, f16, f32 = taps
@@ -91,8 +96,6 @@ class CompactNet(nn.Module):
     def load_imagenet(self, start: WeightFile) -> None:
         """Starts the encoder from an ImageNet ``mobilenet_v2().features`` whose input is ``(x - 127.5) / 127.5``.
 
-        The weights of the prompt channels start at zero: the first predictions do not depend on them.
-
         Raises:
             WeightsError: The file does not hold that network.
         """
@@ -101,10 +104,7 @@ class CompactNet(nn.Module):
             features.load_state_dict(start.state)
         except RuntimeError as error:
             raise WeightsError(f"weights file '{start.path}' must hold torchvision's mobilenet_v2().features") from error
-        state = fold_batch_norm(features[: _LAST + 1]).state_dict()
-        stem = state["0.0.weight"]
-        state["0.0.weight"] = torch.cat([stem, stem.new_zeros(stem.shape[0], INPUT_CHANNELS - 3, 3, 3)], dim=1)
-        self.encoder.load_state_dict(state)
+        self.encoder.load_state_dict(fold_batch_norm(features[: _LAST + 1]).state_dict())
 
 
 def fold_batch_norm(network: nn.Sequential) -> nn.Sequential:

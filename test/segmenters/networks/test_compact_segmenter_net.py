@@ -38,9 +38,21 @@ def test_the_encoder_starts_as_the_imagenet_network() -> None:
     features = mobilenet_v2(weights=None).features.eval()
     net = CompactNet().eval()
     net.load_imagenet(WeightFile(Path("start.safetensors"), features.state_dict(), {}))
-    crops = torch.rand(1, INPUT_CHANNELS, 64, 64)
+    images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(net.encoder(crops), features[:18](crops[:, :3]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(net.encoder(images), features[:18](images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_prompt_reaches_the_mask_once_trained() -> None:
+    torch.manual_seed(0)
+    net = CompactNet().eval()
+    crops = torch.rand(1, INPUT_CHANNELS, 64, 64)
+    other = torch.cat([crops[:, :3], 1 - crops[:, 3:]], dim=1)
+    net(crops)[0].sum().backward()
+    assert net.prompt.weight.grad is not None
+    assert net.prompt.weight.grad.abs().max() > 0
+    torch.nn.init.normal_(net.prompt.weight)
+    assert not torch.equal(net(crops)[0], net(other)[0])
 
 
 def test_other_start_weights_are_refused() -> None:

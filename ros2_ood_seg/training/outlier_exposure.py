@@ -127,7 +127,8 @@ class Cutout:
         image = read_rgb(self.image)
         alpha = np.zeros(image.shape[:2], np.uint8)
         if self.polygons is not None:
-            cv2.fillPoly(alpha, [np.round(p * 8).astype(np.int32) for p in self.polygons], 255, lineType=cv2.LINE_AA, shift=3)
+            # COCO counts from pixel corners, OpenCV from pixel centres.
+            cv2.fillPoly(alpha, [np.round((p - 0.5) * 8).astype(np.int32) for p in self.polygons], 255, shift=3)
         else:
             raw = cv2.imread(str(self.mask), cv2.IMREAD_UNCHANGED)
             if raw is None or raw.shape[:2] != image.shape[:2]:

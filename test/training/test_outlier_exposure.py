@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.training.outlier_exposure import (
+    IGNORE,
+    Cutout,
+    OutlierExposure,
+    PasteSettings,
+    RoadImage,
+    RoadSample,
+    contact_sheet,
+    is_held_out,
+    procedural_cutout,
+    read_camvid,
+    read_cityscapes,
+    read_coco,
+    read_coco_panoptic,
+    read_idd_lite,
+    read_mask_folder,
+    read_road_folder,
+    tight_boxes_xyxy,
+)
+
+SMALL = PasteSettings(crop_hw=(64, 96), frame_width_px=(100, 300), object_px=(6, 60))
+
+
+@pytest.fixture
+def dataset(data_dir: Path) -> OutlierExposure:
+    roads = [read_camvid(data_dir / "camvid", "train"), read_road_folder(data_dir / "roads")]
+    return OutlierExposure(roads, read_coco(data_dir / "coco"), SMALL, seed=3, length=40)
+
+
+def test_tight_boxes_are_xyxy_with_exclusive_maximum() -> None:
+    # Wide image, object off the diagonal: swapped axes or an inclusive maximum give other numbers.
+    instances = np.zeros((30, 100), np.int32)
+    instances[4:9, 70:93] = 1
+    instances[20:22, 3:5] = 2
+    assert tight_boxes_xyxy(instances).tolist() == [[70, 4, 93, 9], [3, 20, 5, 22]]
+    assert tight_boxes_xyxy(np.zeros((3, 3), np.int32)).shape == (0, 4)
+
+
+def test_pasted_box_is_where_the_object_is(data_dir: Path) -> None:
+    flat = replace(SMALL, augment=False, feather=0, harmonise=0, shadow=0, procedural=0, known_per_image=(0, 0), objects_per_image=(1, 1))
+    cutouts = [c for c in read_coco(data_dir / "coco") if c.is_anomaly]
+    dataset = OutlierExposure([read_road_folder(data_dir / "roads")], cutouts, flat, seed=0, length=30)
+    seen = 0
+    for k in range(30):
+        sample = dataset[k]
+        for x0, y0, x1, y1 in sample.boxes_xyxy.astype(int):
+            # The cut-out is the only red thing on a grey road.
+            red = (sample.image[..., 0] > 180) & (sample.image[..., 2] < 60)
+            ys, xs = np.nonzero(red)
+            assert abs(xs.min() - x0) <= 2
+            assert abs(ys.min() - y0) <= 2
+            assert abs(xs.max() + 1 - x1) <= 2
+            assert abs(ys.max() + 1 - y1) <= 2
+            seen += 1
+    assert seen > 20
+
+
+def test_labels_agree_with_each_other(dataset: OutlierExposure) -> None:
+    for k in range(len(dataset)):
+        sample = dataset[k]
+        assert sample.image.shape == (64, 96, 3)
+        assert sample.image.dtype == np.uint8
+        assert np.array_equal(sample.anomaly == 1, sample.instances > 0)
+        assert np.all(sample.semantic[sample.anomaly == 1] == IGNORE)
+        assert set(np.unique(sample.semantic)) <= {*range(7), IGNORE}
+        assert np.array_equal(np.unique(sample.instances[sample.instances > 0]), np.arange(1, len(sample.boxes_xyxy) + 1))
+        assert np.array_equal(sample.boxes_xyxy, tight_boxes_xyxy(sample.instances))
+        assert np.all(sample.boxes_xyxy[:, 2:] > sample.boxes_xyxy[:, :2])
+
+
+def same(a: RoadSample, b: RoadSample) -> bool:
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in RoadSample.__dataclass_fields__)
+
+
+def test_samples_depend_on_seed_and_index_only(dataset: OutlierExposure, data_dir: Path) -> None:
+    direct = [dataset[k] for k in (5, 3, 5)]
+    assert same(direct[0], direct[2])
+    assert not same(direct[0], direct[1])
+    loaded = list(DataLoader(dataset, batch_size=None, sampler=[3, 5], num_workers=2, collate_fn=lambda sample: sample))
+    assert same(loaded[0], direct[1])
+    assert same(loaded[1], direct[0])
+    other = OutlierExposure(dataset.roads, [*dataset.anomalies, *dataset.known], SMALL, seed=4, length=40)
+    assert not same(other[5], direct[0])
+
+
+def test_known_objects_are_normal_and_keep_their_class(data_dir: Path) -> None:
+    people = [c for c in read_coco(data_dir / "coco") if not c.is_anomaly]
+    only_known = replace(SMALL, objects_per_image=(0, 0), known_per_image=(2, 2), on_road=1.0)
+    dataset = OutlierExposure([read_camvid(data_dir / "camvid", "train")], people, only_known, seed=0, length=10)
+    samples = [dataset[k] for k in range(10)]
+    assert not any(s.anomaly.any() for s in samples)
+    assert sum(np.count_nonzero(s.semantic == 2) for s in samples) > 100
+
+
+def test_published_recipe_pastes_one_object(data_dir: Path) -> None:
+    dataset = OutlierExposure(
+        [read_cityscapes(data_dir / "cityscapes", "train")], read_coco(data_dir / "coco"), PasteSettings.published(), 0, 4
+    )
+    for k in range(4):
+        assert dataset[k].image.shape == (700, 700, 3)
+        assert len(dataset[k].boxes_xyxy) <= 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.integers(16, 200))
+def test_procedural_cutouts_fill_their_size(seed: int, size: int) -> None:
+    rgba = procedural_cutout(np.random.default_rng(seed), size)
+    assert rgba.shape == (size, size, 4)
+    assert 0.05 < np.mean(rgba[..., 3] > 0) <= 1
+    assert np.ptp(np.nonzero(rgba[..., 3])[0]) >= 0.9 * size
+
+
+def test_camvid_and_cityscapes_map_to_the_common_classes(data_dir: Path) -> None:
+    _, semantic = read_camvid(data_dir / "camvid", "train")[0].read()
+    assert semantic[0, 0] == 6
+    assert semantic[60, 60] == 0
+    assert semantic[85, 5] == IGNORE
+    _, semantic = read_cityscapes(data_dir / "cityscapes", "val")[0].read()
+    assert semantic[0, 0] == 6
+    assert semantic[60, 60] == 0
+
+
+def test_coco_roles(data_dir: Path) -> None:
+    cutouts = read_coco(data_dir / "coco")
+    # Crowds, tiny objects and benches (ambiguous) are left out; people are known, zebras are anomalies.
+    assert len(cutouts) == 48
+    assert sorted({c.semantic for c in cutouts}) == [2, IGNORE]
+    rgba = cutouts[0].read()
+    assert abs(rgba.shape[0] - 40) <= 1
+    assert abs(rgba.shape[1] - 40) <= 1
+    assert rgba[20, 20].tolist() == [255, 0, 0, 255]
+
+
+def test_panoptic_masks_are_exact(data_dir: Path) -> None:
+    (cutout,) = read_coco_panoptic(data_dir / "coco_panoptic")
+    assert cutout.is_anomaly
+    assert cutout.read().shape == (40, 40, 4)
+
+
+def test_mask_folder_keeps_what_it_is_told(data_dir: Path) -> None:
+    cutouts = read_mask_folder(data_dir / "grabcut", keep=lambda name: name == "doll")
+    assert [c.group for c in cutouts] == ["grabcut/doll"]
+    # The ignore value 128 is not part of the object.
+    assert cutouts[0].read().shape == (30, 40, 4)
+
+
+def test_contact_sheet_has_all_samples(dataset: OutlierExposure) -> None:
+    assert contact_sheet([dataset[k] for k in range(5)], columns=4).shape == (128, 384, 3)
+    with pytest.raises(InputError, match="at least one sample"):
+        contact_sheet([])
+
+
+def test_split_is_stable_and_near_its_share() -> None:
+    held = [is_held_out(f"coco/{k:06d}", 0.25) for k in range(2000)]
+    assert 0.2 < np.mean(held) < 0.3
+    assert is_held_out("coco/000001", 0.25) == held[1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "read", "message"),
+    [
+        (lambda d: (d / "camvid/train/labels/1.png").unlink(), lambda d: read_camvid(d / "camvid", "train"), "image without label"),
+        (lambda d: (d / "camvid/train/images/1.png").unlink(), lambda d: read_camvid(d / "camvid", "train"), "label without image"),
+        (lambda d: None, lambda d: read_idd_lite(d / "camvid", "train"), r"values \[11\] outside its layout"),
+        (lambda d: None, lambda d: read_camvid(d / "camvid", "test"), "does not exist"),
+        (lambda d: None, lambda d: read_road_folder(d / "coco"), "holds no pictures"),
+        (lambda d: None, lambda d: read_cityscapes(d / "camvid", "train"), "no Cityscapes images"),
+        (lambda d: (d / "grabcut/masks/doll.png").unlink(), lambda d: read_mask_folder(d / "grabcut"), "has no mask"),
+        (lambda d: (d / "grabcut/images/doll.png").unlink(), lambda d: read_mask_folder(d / "grabcut"), "matches no image"),
+        (lambda d: (d / "coco/images/3.png").unlink(), lambda d: read_coco(d / "coco"), "does not exist"),
+        (lambda d: (d / "coco/instances.json").write_text("{"), lambda d: read_coco(d / "coco"), "cannot be read"),
+        (lambda d: (d / "coco/instances.json").write_text("[]"), lambda d: read_coco(d / "coco"), "COCO instances layout"),
+        (
+            lambda d: (d / "coco_panoptic/panoptic.json").write_text("{}"),
+            lambda d: read_coco_panoptic(d / "coco_panoptic"),
+            "panoptic layout",
+        ),
+    ],
+)
+def test_wrong_data_is_refused_before_training(data_dir: Path, tmp_path: Path, damage, read, message: str) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data_dir, copy)
+    damage(copy)
+    with pytest.raises(InputError, match=message):
+        read(copy)
+
+
+def test_label_of_another_size_or_unreadable_picture_is_refused(data_dir: Path, tmp_path: Path) -> None:
+    road = read_camvid(data_dir / "camvid", "train")[0]
+    cv2.imwrite(str(tmp_path / "small.png"), np.zeros((9, 12), np.uint8))
+    with pytest.raises(InputError, match="12x9, its image is 120x90"):
+        RoadImage(road.image, tmp_path / "small.png", road.classes).read()
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="cannot be read"):
+        RoadImage(tmp_path / "broken.png", None, {}).read()
+    with pytest.raises(InputError, match="is empty"):
+        Cutout(road.image, "x", polygons=(np.zeros((3, 2), np.float32) - 50,)).read()
+
+
+def test_settings_and_missing_data_are_refused(data_dir: Path) -> None:
+    with pytest.raises(InputError, match=r"'shadow' is 1\.5"):
+        PasteSettings(shadow=1.5)
+    with pytest.raises(InputError, match="'object_px' is"):
+        PasteSettings(object_px=(9.0, 3.0))
+    roads = [read_road_folder(data_dir / "roads")]
+    with pytest.raises(InputError, match="at least one road image"):
+        OutlierExposure([[]], [], SMALL, 0, 1)
+    with pytest.raises(InputError, match="does not know, got none"):
+        OutlierExposure(roads, [], SMALL, 0, 1)
+    with pytest.raises(InputError, match="one weight per source"):
+        OutlierExposure(roads, [], replace(SMALL, procedural=1.0), 0, 1, weights=[1, 2])
+
+
+def test_real_data_sets_are_read(shared_dir: Path) -> None:
+    data = shared_dir / "data"
+    assert len(read_camvid(data / "camvid", "train")) == 367
+    assert len(read_idd_lite(data / "idd_lite", "val")) == 204
+    objects = read_coco(data / "objects" / "coco")
+    names = {c["id"]: c["name"] for c in json.loads((data / "objects/coco/instances.json").read_text())["categories"]}
+    assert {"person", "zebra"} <= set(names.values())
+    assert {c.semantic for c in objects} == {2, 3, 4, IGNORE}

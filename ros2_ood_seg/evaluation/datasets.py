@@ -153,11 +153,11 @@ def read_labels(path: Path, values: Mapping[int, int] = IDENTITY) -> NDArray[np.
     if raw.ndim == 3:
         if not all(np.array_equal(raw[..., 0], raw[..., c]) for c in range(1, min(raw.shape[2], 3))):
             raise InputError(f"'{path}' is a colour image; labels are single-channel with values {_listed(values)}")
-        raw = raw[..., 0]
+        raw = np.ascontiguousarray(raw[..., 0])
     table = np.full(256, 254, np.uint8)
     for value, meaning in values.items():
         table[value] = meaning
-    label: NDArray[np.uint8] = table[np.minimum(raw, 255)] if raw.dtype == np.uint8 else _wide(raw, table)
+    label: NDArray[np.uint8] = cv2.LUT(raw, table) if raw.dtype == np.uint8 else _wide(raw, table)
     unknown = label == 254
     if unknown.any():
         raise InputError(f"'{path}' holds the label value {int(raw[unknown][0])}; allowed are {_listed(values)}")

@@ -110,6 +110,7 @@ def build_report(
         "instance": {"ap": instances.ap, "ap50": instances.ap50, "by_overlap": list(instances.by_overlap)},
         "timings_ms": _timings([f.timings_ms for f in frames]),
         "outside_ms": _timings([f.outside_ms for f in frames]) | {"pooling": {"total": pooled_ms}},
+        "outside_share": _outside_share(frames, pooled_ms),
         "sizes": _recall(frames, SIZE_EDGES_PX, [f.truth.area_px for f in frames]),
         "bands": _recall(frames, BOTTOM_EDGES, [f.truth.bottom for f in frames]),
         "false_alarms": _false_alarms(frames),
@@ -219,6 +220,13 @@ def _precision_recall(curve: pixel.PixelCurve) -> dict[str, list[float]]:
         "recall": [round(float(v), 6) for v in thin.true_positives / max(curve.positives, 1)],
         "precision": [round(float(v), 6) for v in thin.precision],
     }
+
+
+def _outside_share(frames: list[FrameMeasure], pooled_ms: float) -> float:
+    """Share of the time that went into reading, measuring and pooling; on a GPU the first two ran beside the pipeline."""
+    outside = pooled_ms + sum(sum(f.outside_ms.values()) for f in frames)
+    inside = sum(f.timings_ms.get("total", 0.0) for f in frames)
+    return outside / (outside + inside)
 
 
 def _timings(frames: list[Any]) -> dict[str, dict[str, float]]:

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ros2_ood_seg.evaluation.component import Minimum
+from ros2_ood_seg.evaluation.datasets import LabelledImage
+from ros2_ood_seg.evaluation.measure import FrameMeasure, Maps, PartStore, measure
+
+SHAPE = (40, 60)
+
+
+def frame() -> LabelledImage:
+    """An anomaly of 100 px, one of 36 px that ends at row 36, and ignored rows."""
+    label = np.zeros(SHAPE, np.uint8)
+    label[5:15, 10:20] = 1
+    label[30:36, 40:46] = 1
+    label[:3] = 255
+    return LabelledImage("0", np.zeros((*SHAPE, 3), np.uint8), label)
+
+
+def maps(prompts: list[list[float]] | None) -> Maps:
+    """One mask that covers 80 of the first object's pixels and nothing else."""
+    mask = np.zeros((1, *SHAPE), bool)
+    mask[0, 5:13, 10:20] = True
+    confidence = np.where(mask[0], np.float32(0.5), np.float32(0))
+    scores = np.linspace(-3, 7, mask[0].size, dtype=np.float32).reshape(SHAPE)
+    boxes = None if prompts is None else np.array(prompts, np.float32).reshape(-1, 4)
+    box = np.array([[10, 5, 20, 13]], np.float32)
+    return Maps(scores, confidence, confidence, mask, box, np.array([0.5], np.float32), np.array([2.0], np.float32), boxes)
+
+
+def figures(prompts: list[list[float]] | None) -> FrameMeasure:
+    return measure(frame(), maps(prompts), Minimum(0, 0))[0]
+
+
+def test_truth_has_size_place_and_best_overlaps() -> None:
+    found = figures([[10, 5, 20, 10], [10, 5, 20, 15], [0, 0, 5, 5]]).truth
+    np.testing.assert_array_equal(found.area_px, [100, 36])
+    np.testing.assert_allclose(found.bottom, [15 / 40, 36 / 40])
+    np.testing.assert_allclose(found.mask_iou, [0.8, 0.0])
+    np.testing.assert_allclose(found.box_iou, [1.0, 0.0])
+
+
+def test_box_recall_is_zero_without_boxes_and_unknown_without_box_prompts() -> None:
+    np.testing.assert_array_equal(figures([]).truth.box_iou, [0.0, 0.0])
+    assert np.isnan(figures(None).truth.box_iou).all()
+
+
+def test_sweeps_and_range() -> None:
+    found = figures(None)
+    assert found.score_range == (-3.0, 7.0)
+    assert (found.masks.positives, found.masks.hits[0], found.masks.extra[0]) == (136, 80, 0)
+    assert (found.masks.hits[49], found.masks.hits[50]) == (80, 0)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_parts_survive_the_disk(tmp_path: Path, exact: bool) -> None:
+    one = maps([[10, 5, 20, 15]])
+    found, score, refined = measure(frame(), one, Minimum(0, 0), 0 if exact else 12)
+    store = PartStore(tmp_path / "parts", {"a": 1})
+    store.save(found, score, refined, b"jpeg", {"total": 2.0}, {"load": 1.0}, (one.refined, frame().label) if exact else None)
+    again = PartStore(tmp_path / "parts", {"a": 1})
+    assert again.has("0")
+    loaded = again.load("0")
+    assert (loaded.timings_ms, loaded.outside_ms, again.picture("0")) == ({"total": 2.0}, {"load": 1.0}, b"jpeg")
+    for group in ("masks", "masks_code", "components", "instances", "truth"):
+        for key, value in vars(getattr(found, group)).items():
+            np.testing.assert_array_equal(getattr(getattr(loaded, group), key), value)
+    for kind, parts in (("score", score), ("refined", refined)):
+        for label, part in ((1, parts[0]), (0, parts[1])):
+            kept = again.counts("0", kind, label)
+            np.testing.assert_array_equal(kept.distinct(), part.distinct())
+    if exact:
+        np.testing.assert_array_equal(again.map("0")[0], one.refined)
+
+
+def test_parts_of_other_settings_are_thrown_away(tmp_path: Path) -> None:
+    found, score, refined = measure(frame(), maps(None), Minimum(0, 0))
+    PartStore(tmp_path / "parts", {"a": 1}).save(found, score, refined, b"", {}, {})
+    assert not PartStore(tmp_path / "parts", {"a": 2}).has("0")
+
+
+def test_clearing_leaves_nothing_and_touches_nothing_else(tmp_path: Path) -> None:
+    store = PartStore(tmp_path / "parts", {})
+    found, score, refined = measure(frame(), maps(None), Minimum(0, 0))
+    store.save(found, score, refined, b"", {}, {})
+    beside: NDArray[np.float32] = np.zeros(1, np.float32)
+    np.save(tmp_path / "mine.npy", beside)
+    store.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.npy"]

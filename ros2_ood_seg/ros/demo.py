@@ -23,7 +23,7 @@ import rclpy
 import torch
 from numpy.typing import NDArray
 
-from ros2_ood_seg.config import PipelineConfig, load_profile
+from ros2_ood_seg.config import load_profile
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component
 from ros2_ood_seg.evaluation.bags import (
@@ -270,7 +270,7 @@ def _write_png(path: Path, rgb: NDArray[np.uint8]) -> Path:
     return path
 
 
-def build_report(sample: Sample, recorder: Recorder, config: PipelineConfig, folder: Path) -> dict[str, Any]:
+def build_report(sample: Sample, recorder: Recorder, pipeline: Pipeline, folder: Path) -> dict[str, Any]:
     """Measures the node's answers against the labels of the recording; without labels all measures are None.
 
     The node publishes its final map; the scorer's own map is computed again here, from the same frames and weights.
@@ -278,7 +278,7 @@ def build_report(sample: Sample, recorder: Recorder, config: PipelineConfig, fol
     timings = _stage_times(recorder)
     name = sample.bag.stem
     if not sample.labels:
-        report = {"dataset": name, "profile": config.profile, "images": len(recorder.messages["instances"])}
+        report = {"dataset": name, "profile": pipeline.config.profile, "images": len(recorder.messages["instances"])}
         empty = {
             "pixel": ("ap", "fpr95"),
             "refined": ("ap", "fpr95"),
@@ -289,7 +289,6 @@ def build_report(sample: Sample, recorder: Recorder, config: PipelineConfig, fol
             "instance": ("ap", "ap50"),
         }
         return {**report, **{group: dict.fromkeys(keys) for group, keys in empty.items()}, "timings_ms": _percentiles(timings.values())}
-    pipeline = Pipeline.from_config(config)
     options = Options(minimum=component.TRACKS["obstacle"])
     height, width = sample.shape_hw
     evaluation = Evaluation(pipeline, folder / "parts", options, {"started": time.time()}, len(timings) * height * width)
@@ -302,7 +301,7 @@ def build_report(sample: Sample, recorder: Recorder, config: PipelineConfig, fol
             score_map = pipeline.scorer(pixels, None)
             prompts = Prompts.empty(pixels.device) if pipeline.box_prompts is None else pipeline.box_prompts(score_map, None)
         found = FrameResult(
-            frame.instances, score_map, prompts, torch.from_numpy(frame.refined), timings.get(frame.stamp_ns, {}), config.profile
+            frame.instances, score_map, prompts, torch.from_numpy(frame.refined), timings.get(frame.stamp_ns, {}), pipeline.config.profile
         )
         evaluation.add_result(labelled_image(str(frame.stamp_ns), frame.image, *labels[frame.stamp_ns]), found)
     report, _ = evaluation.report(name, f"topic {sample.labels[1]}" if len(sample.labels) > 1 else "components of the label")
@@ -383,6 +382,8 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise InputError(f"output folder '{args.output}' cannot be made: {error.strerror}") from error
     sample = find_sample(args)
+    # Built here first: a profile that cannot run is told at once, not from the node's log.
+    pipeline = Pipeline.from_config(config)
     os.environ.update(ROS_DOMAIN_ID=str(free_domain()), ROS_AUTOMATIC_DISCOVERY_RANGE="LOCALHOST", RCUTILS_COLORIZED_OUTPUT="0")
     rclpy.init(args=[])
     recorder = Recorder((*_NODE_OUTPUTS, "anomaly_map") if sample.labels else _NODE_OUTPUTS)
@@ -392,7 +393,7 @@ def run(args: argparse.Namespace) -> None:
         instances = sum(len(recorder.message("instances", stamp).instances) for stamp in recorder.messages["instances"])
         write_results(args.output / "results.mcap", sample, recorder)
         write_pictures(args.output, sample, recorder)
-        report = build_report(sample, recorder, config, args.output) | {"node": node_figures(played, recorder, not args.rate)}
+        report = build_report(sample, recorder, pipeline, args.output) | {"node": node_figures(played, recorder, not args.rate)}
     finally:
         recorder.destroy_node()
     (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -35,10 +35,10 @@ from ros2_ood_seg.synthetic.render import (
 )
 from ros2_ood_seg.synthetic.sprites import Sprite
 
-__all__ = ["CLASS_NAMES", "IGNORE", "MIN_VISIBLE_PX", "DriveFrame", "SyntheticDrive"]
+__all__ = ["CLASS_NAMES", "IGNORE", "MIN_VISIBLE_FRACTION", "DriveFrame", "SyntheticDrive"]
 
-MIN_VISIBLE_PX = 24
-"""Unknown objects with fewer visible pixels are labelled :data:`IGNORE`, not anomaly: nobody can tell what they are."""
+MIN_VISIBLE_FRACTION = 1.0 / 8000.0
+"""Unknown objects that show a smaller part of the frame are labelled :data:`IGNORE`, not anomaly: nobody can tell what they are."""
 
 _START_NS = 1_700_000_000_000_000_000
 _SPEED_M_S = 8.0
@@ -146,7 +146,7 @@ class SyntheticDrive:
         anomaly = (instances > 0).astype(np.uint8)
         sizes = np.bincount(instances.ravel())
         for number in np.flatnonzero(sizes[1:]) + 1:
-            if sizes[number] < MIN_VISIBLE_PX:
+            if sizes[number] < MIN_VISIBLE_FRACTION * instances.size:
                 anomaly[instances == number] = IGNORE
                 instances[instances == number] = 0
         buffers.semantic[anomaly > 0] = IGNORE

@@ -72,6 +72,7 @@ def draw_overlay(
     *,
     alpha: float = 0.45,
     heat_alpha: float = 0.6,
+    faint_below: float = 0.3,
     labels: bool = True,
 ) -> ImageU8:
     """Draws instances over an image: tinted mask, crisp contour, box, and a label such as ``#2 0.93``.
@@ -84,6 +85,7 @@ def draw_overlay(
         score_map: Shown as a glow below the instances: a :class:`ScoreMap` (its calibrated scores), or (H, W) scores in [0, 1].
         alpha: Strength of the tint where the score is 1, 0 to 1; a quarter of it where the score is 0.
         heat_alpha: Strength of the glow where the score is 1, 0 to 1.
+        faint_below: Instances that score less get a thin outline only, neither tint nor box nor label.
         labels: Whether boxes carry labels.
 
     Returns:
@@ -109,10 +111,15 @@ def draw_overlay(
     order = range(len(boxes) - 1, -1, -1)
     for k in order:
         x_min, y_min, x_max, y_max = boxes[k]
-        _tint(canvas, masks[k], (x_min, y_min, x_max, y_max), instance_color(numbers[k]), alpha * (0.25 + 0.75 * scores[k]), line)
+        if scores[k] < faint_below:
+            _outline(canvas, masks[k], boxes[k], instance_color(numbers[k]), 1)
+            continue
+        _tint(canvas, masks[k], boxes[k], instance_color(numbers[k]), alpha * (0.25 + 0.75 * scores[k]))
+        _outline(canvas, masks[k], boxes[k], _DARK, line + 2)
+        _outline(canvas, masks[k], boxes[k], instance_color(numbers[k]), line)
         cv2.rectangle(canvas, (x_min, y_min), (x_max - 1, y_max - 1), instance_color(numbers[k]), max(1, line // 2))
     if labels:
-        for k in order:
+        for k in (k for k in order if scores[k] >= faint_below):
             _draw_tag(canvas, f"#{numbers[k]} {scores[k]:.2f}", boxes[k], instance_color(numbers[k]))
     return canvas
 
@@ -215,16 +222,20 @@ def _blend_heat(canvas: ImageU8, score_map: ScoreMap | Tensor, heat_alpha: float
     canvas[:] = cv2.blendLinear(heat_map(unit), canvas, weight, 1.0 - weight)
 
 
-def _tint(canvas: ImageU8, mask: NDArray[np.bool_], box: tuple[int, int, int, int], color: Rgb, alpha: float, line: int) -> None:
+def _tint(canvas: ImageU8, mask: NDArray[np.bool_], box: list[int], color: Rgb, alpha: float) -> None:
     x_min, y_min, x_max, y_max = box
     window = canvas[y_min:y_max, x_min:x_max]
     inside = np.ascontiguousarray(mask[y_min:y_max, x_min:x_max]).view(np.uint8)
     plain = np.empty_like(window)
     plain[:] = color
     cv2.copyTo(cv2.addWeighted(window, 1.0 - alpha, plain, alpha, 0.0), inside, window)
+
+
+def _outline(canvas: ImageU8, mask: NDArray[np.bool_], box: list[int], color: Rgb, thickness: int) -> None:
+    x_min, y_min, x_max, y_max = box
+    inside = np.ascontiguousarray(mask[y_min:y_max, x_min:x_max]).view(np.uint8)
     contours, _ = cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(canvas, contours, -1, _DARK, line + 2, offset=(x_min, y_min))
-    cv2.drawContours(canvas, contours, -1, color, line, offset=(x_min, y_min))
+    cv2.drawContours(canvas, contours, -1, color, thickness, offset=(x_min, y_min))
 
 
 def _draw_tag(canvas: ImageU8, text: str, box: list[int], color: Rgb) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.synthetic import CLASS_NAMES, DriveFrame, SyntheticDrive
-from ros2_ood_seg.synthetic.drive import MIN_VISIBLE_PX
+from ros2_ood_seg.synthetic.drive import MIN_VISIBLE_FRACTION
 
 DRIVABLE, VEHICLE, FAR, SKY, IGNORE = 0, 3, 5, 6, 255
 
@@ -26,7 +26,7 @@ def assert_labels_agree(frame: DriveFrame) -> None:
     np.testing.assert_array_equal(frame.instances > 0, frame.anomaly == 1)
     np.testing.assert_array_equal(frame.semantic == IGNORE, frame.anomaly != 0)
     sizes = np.bincount(frame.instances.ravel())[1:]
-    assert ((sizes == 0) | (sizes >= MIN_VISIBLE_PX)).all()
+    assert ((sizes == 0) | (sizes >= MIN_VISIBLE_FRACTION * frame.instances.size)).all()
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,18 @@ def test_tint_is_the_stated_blend_inside_and_nothing_outside_is_touched():
 def test_likely_instances_are_tinted_more():
     sure = make_instances(200, 300, [(100, 80, 180, 150)])
     unsure = Instances(**{**sure.__dict__, "scores": torch.zeros(1)})
-    change = [int(np.abs(draw_overlay(gray(200, 300), i, labels=False)[115, 140].astype(int) - 100).max()) for i in (sure, unsure)]
+    change = [
+        int(np.abs(draw_overlay(gray(200, 300), i, faint_below=0.0, labels=False)[115, 140].astype(int) - 100).max())
+        for i in (sure, unsure)
+    ]
     assert change[0] == pytest.approx(4 * change[1], abs=4)
+
+
+def test_unlikely_instances_are_only_outlined():
+    unsure = Instances(**{**make_instances(200, 300, [(100, 80, 180, 150)]).__dict__, "scores": torch.tensor([0.2])})
+    changed = (draw_overlay(gray(200, 300), unsure) != 100).any(axis=2)
+    assert changed[80, 100:180].all()
+    assert changed.sum() <= 2 * (80 + 70), "one pixel wide, no label"
 
 
 def test_contour_and_box_have_the_instance_color():

@@ -26,6 +26,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.bags import COMPRESSED_IMAGE, BagImage, BagReader
 from ros2_ood_seg.msg import AnomalyInstanceArray
+from ros2_ood_seg.ros.transport import make_room_for_images
 
 _KINDS = {COMPRESSED_IMAGE: CompressedImage}
 _SECOND = 1_000_000_000
@@ -189,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        make_room_for_images()
         rclpy.init(args=[])
         run(options)
     except InputError as error:

@@ -41,6 +41,7 @@ from ros2_ood_seg.evaluation.evaluate import Evaluation, Options
 from ros2_ood_seg.pipeline import Pipeline
 from ros2_ood_seg.ros.images import image_to_scores
 from ros2_ood_seg.ros.recorder import Recorder
+from ros2_ood_seg.ros.transport import make_room_for_images
 from ros2_ood_seg.synthetic import SyntheticDrive
 from ros2_ood_seg.types import FrameResult, Instances, Prompts
 from ros2_ood_seg.visualization import draw_overlay, heat_map, side_by_side
@@ -385,6 +386,7 @@ def run(args: argparse.Namespace) -> None:
     # Built here first: a profile that cannot run is told at once, not from the node's log.
     pipeline = Pipeline.from_config(config)
     os.environ.update(ROS_DOMAIN_ID=str(free_domain()), ROS_AUTOMATIC_DISCOVERY_RANGE="LOCALHOST", RCUTILS_COLORIZED_OUTPUT="0")
+    make_room_for_images()
     rclpy.init(args=[])
     recorder = Recorder((*_NODE_OUTPUTS, "anomaly_map") if sample.labels else _NODE_OUTPUTS)
     try:

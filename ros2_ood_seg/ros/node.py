@@ -27,6 +27,7 @@ from ros2_ood_seg.ros.inputs import Frame, FrameSource
 from ros2_ood_seg.ros.mailbox import Mailbox
 from ros2_ood_seg.ros.outputs import Outputs
 from ros2_ood_seg.ros.parameters import Parameters
+from ros2_ood_seg.ros.transport import make_room_for_images
 
 _LOG_PERIOD_S = 2.0
 _EXIT_PATIENCE_S = 1.0
@@ -220,6 +221,7 @@ def main(args: Sequence[str] | None = None) -> int:
     # Also when a shell that starts it in the background has them ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    make_room_for_images()
     node: OodSegmenter | None = None
     try:
         rclpy.init(args=args)

@@ -14,7 +14,7 @@ from torchvision.ops import nms
 from ros2_ood_seg.config import BoxPromptsConfig
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.prompts.networks.detectron2 import convert_detectron2_state, is_detectron2_state
-from ros2_ood_seg.prompts.networks.rcnn import MapInput, compact_rcnn, s2m_rcnn
+from ros2_ood_seg.prompts.networks.rcnn import MapInput, compact_rcnn, fuse_norms, s2m_rcnn
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Prompts, ScoreMap
 from ros2_ood_seg.weights.store import WeightFile, find_weights, load_into, load_weights
@@ -55,6 +55,7 @@ class RcnnBoxes:
             raise InputError(
                 f"prompts.boxes.input_mode is '{wanted}' but the weights were trained on '{detector.map_input.mode}' scores: use 'auto'"
             )
+        fuse_norms(detector.network)
         heads = cast("Any", detector.network.roi_heads)
         heads.score_thresh, heads.detections_per_img = config.min_confidence, config.max_boxes
         self._network = detector.network.to(runtime.device).to(memory_format=torch.channels_last).eval()

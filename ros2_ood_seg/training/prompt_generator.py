@@ -35,7 +35,7 @@ from ros2_ood_seg.weights.store import WeightFile, load_into, load_weights, save
 SIZE_BINS_PX = (0.0, 16.0, 32.0, 96.0, float("inf"))
 """Bounds of the square root of a box's area by which recall is reported, px of the map."""
 _CHECKPOINT = "last.pt"
-_FREE_TO_CHANGE = frozenset({"iterations", "checkpoint_every", "workers", "amp"})
+_FREE_TO_CHANGE = frozenset({"iterations", "steps", "checkpoint_every", "workers", "amp"})
 
 
 @dataclass(frozen=True)
@@ -120,17 +120,17 @@ PRESETS = {
     "compact": PromptTraining(
         network="compact",
         input_mode="calibrated",
-        iterations=1600,
-        batch_size=8,
+        iterations=1100,
+        batch_size=6,
         learning_rate=0.02,
         warmup_iterations=200,
-        steps=(1100, 1450),
+        steps=(750, 1000),
         clip_norm=10.0,
         shortest_px=280,
         longest_px=480,
         input_width=640,
-        scale=(0.7, 1.4),
-        crop_hw=(224, 384),
+        scale=(0.6, 1.8),
+        crop_hw=(256, 448),
         fragments=0.4,
         contrast=(0.6, 1.6),
         min_box_px=2.0,

@@ -14,7 +14,7 @@ from torchvision.ops import roi_align
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.prompts.faster_rcnn import load_detector
 from ros2_ood_seg.prompts.networks.detectron2 import convert_detectron2_state, is_detectron2_state
-from ros2_ood_seg.prompts.networks.rcnn import BGR_MEAN, Anchors, MapInput, MapTransform, RoiPooler, compact_rcnn, s2m_rcnn
+from ros2_ood_seg.prompts.networks.rcnn import BGR_MEAN, Anchors, MapInput, MapTransform, RoiPooler, compact_rcnn, fuse_norms, s2m_rcnn
 from ros2_ood_seg.weights.store import WeightFile, load_weights
 
 
@@ -201,3 +201,22 @@ def test_compact_network_is_small_and_takes_any_size() -> None:
 def test_unusable_input_descriptions_are_refused(values: tuple[str, tuple[float, ...], tuple[float, ...]]) -> None:
     with pytest.raises(InputError, match="detector input"):
         MapInput(*values)
+
+
+def test_fused_norms_compute_the_same_features() -> None:
+    torch.manual_seed(0)
+    backbone = compact_rcnn().backbone
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0.0, 0.5)
+            module.running_var.uniform_(0.5, 2.0)
+            module.weight.data.uniform_(0.5, 2.0)
+            module.bias.data.normal_(0.0, 0.5)
+    x = torch.randn(1, 1, 64, 96)
+    with torch.no_grad():
+        before = backbone.eval()(x)
+        fuse_norms(backbone)
+        after = backbone(x)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,10 @@
-"""Reads detectron2's Faster R-CNN R50-FPN checkpoints, the format of S2M's released prompt generator."""
+"""Reads detectron2's Faster R-CNN R50-FPN checkpoints, the format of S2M's released prompt generator.
+
+Held against detectron2 itself (facebookresearch/detectron2@02b5c4e, CPU, float32) with four sets of random weights, two classes, on maps of
+640x360, 517x331, 730x200 and 352x480 px: all 100 detections of each in the same order and class, boxes to 1.3e-4 px, confidences to 1.4e-6.
+What is left comes from the order of float operations. Two known differences, without effect there: torchvision ranks proposals by the
+sigmoid of their logit, which ties above 16, and drops boxes narrower than 0.01 px.
+"""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -229,15 +230,32 @@ def compact_rcnn(map_input: MapInput | None = None) -> nn.Module:
     )
 
 
+def fuse_norms(network: nn.Module) -> None:
+    """Folds the compact network's batch norms into its convolutions, in place: the same function in evaluation mode, but faster."""
+    network.eval()
+    for module in network.modules():
+        if isinstance(module, _Block):
+            module.conv1, module.norm1 = _fused(module.conv1, module.norm1)
+            module.conv2, module.norm2 = _fused(module.conv2, module.norm2)
+            if isinstance(module.skip, nn.Sequential):
+                module.skip = nn.Sequential(*_fused(module.skip[0], module.skip[1]))
+        elif isinstance(module, _SlimFpn):
+            module.stem = nn.Sequential(*_fused(module.stem[0], module.stem[1]), nn.ReLU())
+
+
+def _fused(conv: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+    return fuse_conv_bn_eval(cast("nn.Conv2d", conv), cast("nn.BatchNorm2d", norm)), nn.Identity()
+
+
 class _Block(nn.Module):
     """Residual block of two 3×3 convolutions."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
+        self.conv1: nn.Module = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1: nn.Module = nn.BatchNorm2d(outputs)
+        self.conv2: nn.Module = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2: nn.Module = nn.BatchNorm2d(outputs)
         same = inputs == outputs and stride == 1
         self.skip = nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 

@@ -64,6 +64,9 @@ class Evaluation:
         options: How.
         fingerprint: What finished frames depend on beside the pipeline's settings, code and weights.
         expected_pixels: Of all frames together, to choose between exact and coarse; 0 when unknown.
+
+    Raises:
+        InputError: A folder cannot be made or used.
     """
 
     def __init__(
@@ -81,8 +84,11 @@ class Evaluation:
         self._worker = ThreadPoolExecutor(1, "measure")
         self._measuring: Future[None] | None = None
         if options.save is not None:
-            for folder in ("score", "refined", "instances"):
-                (options.save / folder).mkdir(parents=True, exist_ok=True)
+            try:
+                for folder in ("score", "refined", "instances"):
+                    (options.save / folder).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"--save '{options.save}': the folder cannot be made: {error.strerror}") from error
 
     def has(self, name: str) -> bool:
         """Whether an earlier run finished this frame, saved files included."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ros2_ood_seg import rle
+from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component, instance, s2m
 from ros2_ood_seg.evaluation.datasets import LabelledImage
 from ros2_ood_seg.evaluation.pixel import ScoreCounts, check_scores
@@ -233,6 +234,9 @@ class PartStore:
     Args:
         folder: Made when missing. Parts made with another ``fingerprint`` are thrown away.
         fingerprint: Everything the parts depend on.
+
+    Raises:
+        InputError: The folder exists and was not made by this class.
     """
 
     KINDS = ("part", "map", "picture", "tmp")
@@ -241,6 +245,10 @@ class PartStore:
         self.folder = folder
         stamp = json.dumps(fingerprint, sort_keys=True)
         path = folder / "fingerprint.json"
+        if folder.exists() and not path.is_file():
+            raise InputError(
+                f"'{folder}' is needed for intermediate results but was made by something else: remove it or name another output"
+            )
         if not path.is_file() or path.read_text(encoding="utf-8") != stamp:
             self.clear()
             folder.mkdir(parents=True)
@@ -250,6 +258,7 @@ class PartStore:
         """Removes the folder and what this class wrote into it."""
         if not self.folder.is_dir():
             return
+        # The fingerprint goes last: it is what marks the folder as ours.
         for suffix in (*self.KINDS, "json"):
             for path in self.folder.glob(f"*.{suffix}"):
                 path.unlink()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.component import Minimum
 from ros2_ood_seg.evaluation.datasets import LabelledImage
 from ros2_ood_seg.evaluation.measure import FrameMeasure, Maps, PartStore, measure
@@ -82,6 +83,14 @@ def test_parts_of_other_settings_are_thrown_away(tmp_path: Path) -> None:
     found, score, refined = measure(frame(), maps(None), Minimum(0, 0))
     PartStore(tmp_path / "parts", {"a": 1}).save(found, score, refined, b"", {}, {})
     assert not PartStore(tmp_path / "parts", {"a": 2}).has("0")
+
+
+def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "thesis.json").write_text("{}")
+    with pytest.raises(InputError, match="made by something else"):
+        PartStore(tmp_path / "parts", {})
+    assert (tmp_path / "parts" / "thesis.json").is_file()
 
 
 def test_clearing_leaves_nothing_and_touches_nothing_else(tmp_path: Path) -> None:

@@ -239,7 +239,8 @@ class PartStore:
         InputError: The folder exists and was not made by this class.
     """
 
-    KINDS = ("part", "map", "picture", "tmp")
+    COUNTS = ("score_1", "score_0", "refined_1", "refined_0")
+    KINDS = ("part", "map", "picture", "tmp", *COUNTS, *(f"{key}_counts" for key in COUNTS))
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         self.folder = folder
@@ -296,11 +297,14 @@ class PartStore:
             with self._file(figures.name, "map").open("wb") as file:
                 np.savez(file, refined=refined_and_label[0], label=refined_and_label[1])
         self._file(figures.name, "picture").write_bytes(picture)
-        arrays: dict[str, NDArray[Any]] = {}
-        for key, counts in (("score_1", score[0]), ("score_0", score[1]), ("refined_1", refined[0]), ("refined_0", refined[1])):
-            arrays[key] = counts.values
+        # One plain file each: pooling reads them several times, and an archive is slow to open.
+        for key, counts in zip(self.COUNTS, (*score, *refined), strict=True):
+            self._put(figures.name, key, counts.values)
             if counts.counts is not None:
-                arrays[f"{key}_counts"] = counts.counts
+                self._put(figures.name, f"{key}_counts", counts.counts)
+            else:
+                self._file(figures.name, f"{key}_counts").unlink(missing_ok=True)
+        arrays: dict[str, NDArray[Any]] = {}
         for key, sweep in (("masks", figures.masks), ("masks_code", figures.masks_code)):
             arrays[key] = np.stack([sweep.hits, sweep.extra, np.full_like(sweep.hits, sweep.positives)])
         for key, group in (("component", figures.components), ("instance", figures.instances), ("truth", figures.truth)):
@@ -318,6 +322,10 @@ class PartStore:
         with temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
         temporary.rename(self._file(figures.name, "part"))
+
+    def _put(self, name: str, kind: str, array: NDArray[Any]) -> None:
+        with self._file(name, kind).open("wb") as file:
+            np.save(file, array)
 
     def load(self, name: str) -> FrameMeasure:
         """The small part of a finished frame."""
@@ -352,8 +360,8 @@ class PartStore:
             label: 1 for the anomalous pixels, 0 for the normal ones.
         """
         key = f"{kind}_{label}"
-        with np.load(self._file(name, "part")) as part:
-            return ScoreCounts(part[key], part[f"{key}_counts"] if f"{key}_counts" in part.files else None)
+        counts = self._file(name, f"{key}_counts")
+        return ScoreCounts(np.load(self._file(name, key)), np.load(counts) if counts.is_file() else None)
 
     def map(self, name: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Refined map and label map of a finished frame, if they were kept."""

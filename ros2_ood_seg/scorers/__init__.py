@@ -7,6 +7,13 @@ SCORERS = Registry(
     {
         "compact": "ros2_ood_seg.scorers.compact:build",
         "external": "ros2_ood_seg.scorers.external:build",
+        "deeplab_wrn38": "ros2_ood_seg.scorers.deeplab:build_plain",
+        "max_entropy": "ros2_ood_seg.scorers.deeplab:build_max_entropy",
+        "pebal": "ros2_ood_seg.scorers.deeplab:build_pebal",
+        "rpl": "ros2_ood_seg.scorers.deeplab:build_rpl",
+        "dense_hybrid": "ros2_ood_seg.scorers.deeplab:build_dense_hybrid",
+        "mahalanobis": "ros2_ood_seg.scorers.deeplab:build_mahalanobis",
+        "sml": "ros2_ood_seg.scorers.sml:build",
     },
 )
 """Factories ``build(config: ScorerConfig, runtime: Runtime) -> Scorer``."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,6 +20,13 @@ from ros2_ood_seg.errors import WeightsError
 
 BUNDLED_DIR = Path(__file__).resolve().parent
 ENVIRONMENT_VARIABLE = "OOD_SEG_WEIGHTS"
+_NUMPY_SCALARS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    *((cast("Callable[..., Any]", np.float64(0).__reduce__()[0]), f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float16", "float32", "float64", "int32", "int64", "bool")),
+]
+"""What a pickled number of numpy needs; NVIDIA's, SML's and others' checkpoints hold the epoch's score as one."""
+
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".pkl", "")
 
 
@@ -84,7 +92,8 @@ def load_weights(path: Path) -> WeightFile:
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(f"weights file '{path}' holds more than tensors and was refused without running it: {_line(error)}") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:

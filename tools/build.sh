@@ -3,12 +3,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=$(.venv/bin/python -c 'import sys; print(sys.executable)')
-prefix=$(.venv/bin/python -c 'import sys; print(sys.prefix)')
+# By its real name: CMake refuses to export include folders that lie below the source folder, as a link's would.
+venv=$(readlink -f .venv)
+python=$("$venv/bin/python" -c 'import sys; print(sys.executable)')
+prefix=$("$venv/bin/python" -c 'import sys; print(sys.prefix)')
 if [[ -f $prefix/share/ament_cmake/package.xml ]]; then
   export AMENT_PREFIX_PATH=$prefix CMAKE_PREFIX_PATH=$prefix
 fi
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$venv/bin:$PATH"
 
 # A build tree of another environment cannot be reused.
 stamp="$prefix"

@@ -22,6 +22,7 @@ from sensor_msgs.msg import CompressedImage, Image
 
 import ros2_ood_seg
 from ros2_ood_seg.ros.outputs import IMAGE_TOPICS, SMALL_TOPICS
+from ros2_ood_seg.ros.transport import make_room_for_images
 
 PATIENCE_S = 90.0
 T = TypeVar("T")
@@ -60,32 +61,23 @@ def free_domain() -> int:
     raise RuntimeError("all DDS domains are in use")
 
 
-class NodeProcess:
-    """The node in its own process; its output goes to a file.
+class Process:
+    """A process in a DDS domain; its output goes to a file.
 
     Args:
-        folder: For its profile and its output.
+        command: What to start.
+        folder: Where it runs and leaves its output.
         domain: DDS domain.
-        command: What to start instead of the node.
-        remaps: Remapping rules.
-        parameters: Parameters, with ``__`` for dots.
     """
 
-    def __init__(self, folder: Path, domain: int, command: Sequence[str] = (), remaps: Sequence[str] = (), **parameters: Any) -> None:
-        folder.mkdir(exist_ok=True)
-        profile = folder / "external.yaml"
-        profile.write_text(PROFILE)
-        given = {"profile": profile, "diagnostics_period_s": 0.2, "warm_up.height": 96, "warm_up.width": 128}
-        given |= {name.replace("__", "."): value for name, value in parameters.items()}
-        options = [word for name, value in given.items() for word in ("-p", f"{name}:={value}")]
-        options += [word for rule in remaps for word in ("-r", rule)]
+    def __init__(self, command: Sequence[str], folder: Path, domain: int) -> None:
+        # The package under test comes first, whatever is installed.
         source = str(Path(ros2_ood_seg.__file__).resolve().parents[1])
         environment = dict(os.environ, ROS_DOMAIN_ID=str(domain), OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (source, environment.get("PYTHONPATH"))))
         self._log = folder / "output.txt"
-        start = [*(command or (sys.executable, "-m", "ros2_ood_seg.ros.node")), "--ros-args", *options]
         with self._log.open("w") as output:
-            self.process = subprocess.Popen(start, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder)
 
     @property
     def output(self) -> str:
@@ -104,10 +96,33 @@ class NodeProcess:
             self.process.wait(PATIENCE_S)
 
 
+class NodeProcess(Process):
+    """The node in its own process.
+
+    Args:
+        folder: For its profile and its output.
+        domain: DDS domain.
+        command: What to start instead of the node.
+        remaps: Remapping rules.
+        parameters: Parameters, with ``__`` for dots.
+    """
+
+    def __init__(self, folder: Path, domain: int, command: Sequence[str] = (), remaps: Sequence[str] = (), **parameters: Any) -> None:
+        folder.mkdir(exist_ok=True)
+        profile = folder / "external.yaml"
+        profile.write_text(PROFILE)
+        given = {"profile": profile, "diagnostics_period_s": 0.2, "warm_up.height": 96, "warm_up.width": 128}
+        given |= {name.replace("__", "."): value for name, value in parameters.items()}
+        options = [word for name, value in given.items() for word in ("-p", f"{name}:={value}")]
+        options += [word for rule in remaps for word in ("-r", rule)]
+        super().__init__([*(command or (sys.executable, "-m", "ros2_ood_seg.ros.node")), "--ros-args", *options], folder, domain)
+
+
 class Client:
     """Sends images and anomaly maps to the node and collects all it answers."""
 
     def __init__(self, domain: int, namespace: str = "") -> None:
+        make_room_for_images()
         self.context = rclpy.Context()
         rclpy.init(context=self.context, domain_id=domain)
         self.node = rclpy.create_node("client", namespace=namespace, context=self.context)

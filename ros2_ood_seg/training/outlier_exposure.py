@@ -153,7 +153,10 @@ class PasteSettings:
         known_per_image: Range of the number of pasted objects of known classes (labelled normal), inclusive.
         object_px: Range of an object's longest side in the sample, log-uniform.
         object_scales: Scale factors of the cut-out to choose from instead of ``object_px``; empty for none.
-        procedural: Chance that an anomaly is a textured blob instead of a cut-out.
+        procedural: Chance that an anomaly is a random blob or the outline of any cut-out, filled with a piece of another picture (without
+            cut-outs: with a random texture).
+        illumination: Chance of sunlit and shaded patches, labelled normal.
+        known_classes: In-distribution classes that may be pasted as normal. Without vehicles, unusual ones stay anomalies.
         perspective: Chance that an object's size follows its height in the image as on a flat road.
         on_road: Chance that an object stands on a pixel labelled drivable, where there are any.
         harmonise: Chance that an object takes over colour and brightness of its surroundings, by a random share.
@@ -166,16 +169,18 @@ class PasteSettings:
     crop_hw: tuple[int, int] = (288, 480)
     frame_width_px: tuple[float, float] = (480.0, 1500.0)
     objects_per_image: tuple[int, int] = (1, 4)
-    known_per_image: tuple[int, int] = (0, 3)
-    object_px: tuple[float, float] = (8.0, 300.0)
+    known_per_image: tuple[int, int] = (0, 2)
+    object_px: tuple[float, float] = (12.0, 420.0)
     object_scales: tuple[float, ...] = ()
-    procedural: float = 0.1
+    procedural: float = 0.12
+    known_classes: tuple[int, ...] = (2, 4)
     perspective: float = 0.4
     on_road: float = 0.5
-    harmonise: float = 0.6
+    harmonise: float = 0.5
     feather: float = 0.8
     shadow: float = 0.3
     native: float = 0.5
+    illumination: float = 0.5
     augment: bool = True
 
     @classmethod
@@ -194,11 +199,12 @@ class PasteSettings:
             feather=0.0,
             shadow=0.0,
             native=0.0,
+            illumination=0.0,
             augment=False,
         )
 
     def __post_init__(self) -> None:
-        for name in ("procedural", "perspective", "on_road", "harmonise", "feather", "shadow", "native"):
+        for name in ("procedural", "perspective", "on_road", "harmonise", "feather", "shadow", "native", "illumination"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"paste setting '{name}' is {getattr(self, name)}, allowed: a number from 0 to 1")
         for name in ("frame_width_px", "objects_per_image", "known_per_image", "object_px"):
@@ -252,7 +258,8 @@ class OutlierExposure(Dataset[RoadSample]):
     ) -> None:
         self.roads = [source for source in roads if source]
         self.anomalies = [c for c in cutouts if c.is_anomaly]
-        self.known = [c for c in cutouts if not c.is_anomaly]
+        self.known = [c for c in cutouts if c.semantic in settings.known_classes]
+        self.cutouts = cutouts
         self.settings = settings
         self.seed = seed
         self.length = length
@@ -273,6 +280,8 @@ class OutlierExposure(Dataset[RoadSample]):
         source = self.roads[rng.choice(len(self.roads), p=self.chances)]
         image, semantic = source[int(rng.integers(len(source)))].read()
         canvas = _Canvas.cropped(image, semantic, self.settings, rng)
+        if rng.random() < self.settings.illumination:
+            canvas.relight(rng)
         jobs = [True] * _draw(rng, self.settings.objects_per_image) + [False] * (
             _draw(rng, self.settings.known_per_image) if self.known else 0
         )
@@ -282,10 +291,21 @@ class OutlierExposure(Dataset[RoadSample]):
 
     def _cutout(self, rng: np.random.Generator, is_anomaly: bool) -> tuple[NDArray[np.uint8], int]:
         if is_anomaly and (not self.anomalies or rng.random() < self.settings.procedural):
-            return procedural_cutout(rng, int(rng.integers(48, 160))), IGNORE
+            return self._procedural(rng), IGNORE
         pool = self.anomalies if is_anomaly else self.known
         cutout = pool[rng.integers(len(pool))]
         return _cached(cutout), cutout.semantic
+
+    def _procedural(self, rng: np.random.Generator) -> NDArray[np.uint8]:
+        rgba = procedural_cutout(rng, int(rng.integers(48, 240)))
+        if not self.cutouts:
+            return rgba
+        shape, filling = (self.cutouts[int(k)] for k in rng.integers(len(self.cutouts), size=2))
+        alpha = _cached(shape)[..., 3] if rng.random() < 0.5 else rgba[..., 3]
+        picture = read_rgb(filling.image)
+        h, w = min(alpha.shape[0], picture.shape[0]), min(alpha.shape[1], picture.shape[1])
+        y, x = int(rng.integers(picture.shape[0] - h + 1)), int(rng.integers(picture.shape[1] - w + 1))
+        return np.dstack([_resize(picture[y : y + h, x : x + w], alpha.shape), alpha])
 
 
 class _Canvas:
@@ -330,7 +350,7 @@ class _Canvas:
             size = (foot_y - self.horizon_y) * _log_uniform(rng, (0.1, 1.5))
         else:
             size = self.scale * _log_uniform(rng, s.object_px)
-        size = min(max(size, self.scale * s.object_px[0]), 2.0 * longest)
+        size = min(max(size, self.scale * s.object_px[0], 6.0), 2.0 * longest)
         stretch = 1.0 if s.object_scales else _log_uniform(rng, (0.8, 1.25))
         h = max(2, round(rgba.shape[0] * size / longest))
         w = max(2, round(rgba.shape[1] * size / longest * stretch))
@@ -359,6 +379,22 @@ class _Canvas:
         if semantic == IGNORE:
             self.count += 1
         self.instances[rows, columns][inside] = self.count if semantic == IGNORE else 0
+
+    def relight(self, rng: np.random.Generator) -> None:
+        height, width = self.image.shape[:2]
+        gain = np.ones((height, width), np.float32)
+        for _ in range(int(rng.integers(1, 8))):
+            size = int(min(width, max(6.0, self.scale * _log_uniform(rng, (12.0, 400.0)))))
+            blob = procedural_outline(rng, size)
+            blob = _resize(blob, (max(2, round(size * rng.uniform(0.15, 1.0))), size))
+            y, x = int(rng.integers(-blob.shape[0] // 2, height)), int(rng.integers(-size // 2, width))
+            top, left = max(0, -y), max(0, -x)
+            part = blob[top : height - y, left : width - x].astype(np.float32) / 255.0
+            factor = _log_uniform(rng, (0.45, 1.0)) if rng.random() < 0.6 else _log_uniform(rng, (1.0, 1.8))
+            y, x = max(0, y), max(0, x)
+            gain[y : y + part.shape[0], x : x + part.shape[1]] *= 1.0 + (factor - 1.0) * part
+        gain = cv2.GaussianBlur(gain, (0, 0), _log_uniform(rng, (0.4, 6.0)))
+        self.image = np.clip(self.image * gain[..., None], 0, 255).astype(np.uint8)
 
     def finished(self, rng: np.random.Generator) -> RoadSample:
         shape = self.settings.crop_hw
@@ -413,15 +449,15 @@ def tight_boxes_xyxy(instances: NDArray[np.int32]) -> NDArray[np.float32]:
     return boxes
 
 
-def procedural_cutout(rng: np.random.Generator, size_px: int) -> NDArray[np.uint8]:
-    """A random blob with a random texture.
+def procedural_outline(rng: np.random.Generator, size_px: int) -> NDArray[np.uint8]:
+    """A random blob.
 
     Args:
         rng: Source of randomness.
-        size_px: Longest side.
+        size_px: Its width and height.
 
     Returns:
-        (size_px, size_px, 4) uint8 RGBA.
+        (size_px, size_px) uint8, 255 inside.
     """
     angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
     radius = np.ones_like(angles)
@@ -432,6 +468,20 @@ def procedural_cutout(rng: np.random.Generator, size_px: int) -> NDArray[np.uint
     points = (points - points.min(0)) / np.ptp(points, axis=0) * (size_px - 1)
     alpha = np.zeros((size_px, size_px), np.uint8)
     cv2.fillPoly(alpha, [np.round(points).astype(np.int32)], 255)
+    return alpha
+
+
+def procedural_cutout(rng: np.random.Generator, size_px: int) -> NDArray[np.uint8]:
+    """A random blob with a random texture.
+
+    Args:
+        rng: Source of randomness.
+        size_px: Longest side.
+
+    Returns:
+        (size_px, size_px, 4) uint8 RGBA.
+    """
+    alpha = procedural_outline(rng, size_px)
     yy, xx = np.mgrid[0:size_px, 0:size_px].astype(np.float32) / size_px
     kind = rng.integers(3)
     if kind == 0:
@@ -609,7 +659,7 @@ def _harmonised(
     weight = alpha[..., None] + 1e-6
     mean = (over * weight).sum((0, 1)) / weight.sum()
     target = under.mean((0, 1))
-    brightness, colour = rng.uniform(0, 0.9), rng.uniform(0, 0.5)
+    brightness, colour = rng.uniform(0, 0.7), rng.uniform(0, 0.4)
     shift = target - mean
     common = shift.mean()
     contrast = rng.uniform(0.6, 1.1)

@@ -138,7 +138,7 @@ class Batch:
         image: (B, 3, H, W) uint8.
         semantic: (B, H/4, W/4) int64 class, :data:`IGNORE` for unknown.
         anomaly: (B, H/4, W/4) float32 share of anomalous pixels.
-        weight: (B, H/4, W/4) float32, the anomaly share times the inverse root of the instance's area: small objects count too.
+        weight: (B, H/4, W/4) float32, the anomaly share times the instance's area to the power of -1/4: small objects count too.
     """
 
     image: Tensor
@@ -152,7 +152,7 @@ def collate(samples: Sequence[RoadSample]) -> Batch:
     weights = []
     for sample in samples:
         area = np.bincount(sample.instances.ravel()).astype(np.float32)
-        per_id = 1.0 / np.sqrt(np.maximum(area, 16.0))
+        per_id = np.maximum(area, 16.0) ** -0.25
         per_id[0] = 0.0
         weights.append(torch.from_numpy(per_id[sample.instances]))
     anomaly = torch.from_numpy(np.stack([s.anomaly for s in samples]) == 1).float()
@@ -327,10 +327,12 @@ class _Log:
         for axis, names in ((axes[0], self.columns[1:7]), (axes[1], self.columns[7:])):
             for name in names:
                 points = [(float(r["iteration"]), float(r[name])) for r in rows if r[name]]
-                axis.plot(*zip(*points, strict=True), label=name) if points else None
+                if points:
+                    axis.plot(*zip(*points, strict=True), label=name)
             axis.set_xlabel("iteration")
             axis.grid(alpha=0.3)
-            axis.legend()
+            if axis.lines:
+                axis.legend()
         axes[0].set_yscale("log")
         figure.savefig(self.path.with_name("curve.png"), dpi=110)
 

@@ -56,8 +56,8 @@ def test_collate_takes_labels_to_a_quarter() -> None:
     assert batch.anomaly.sum() == 4
     assert batch.semantic[0, 2, 4] == IGNORE
     assert batch.semantic[0, 0, 0] == 3
-    # 16 times the area weighs 4 times as much in all, not 16 times.
-    assert (collate([sample(1024)]).weight.sum() / batch.weight.sum()).item() == pytest.approx(4.0, rel=1e-5)
+    # 16 times the area weighs 8 times as much in all, not 16 times.
+    assert (collate([sample(1024)]).weight.sum() / batch.weight.sum()).item() == pytest.approx(8.0, rel=1e-5)
 
 
 def test_loss_prefers_the_truth() -> None:

@@ -60,7 +60,7 @@ def build_pebal(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
 
 def build_rpl(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
     """``rpl``: scores from the logits with the residual, classes from those without."""
-    return _build_logit_scorer(config, runtime, "rpl_corocl", ("rpl",), "energy", _BLUR_PX)
+    return _build_logit_scorer(config, runtime, "rpl", ("rpl",), "energy", _BLUR_PX)
 
 
 def build_dense_hybrid(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:

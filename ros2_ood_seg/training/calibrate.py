@@ -15,12 +15,11 @@ from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import SCORERS
-from ros2_ood_seg.scorers.base import Scorer
+from ros2_ood_seg.scorers.base import CalibratedScorer, Scorer
 from ros2_ood_seg.scorers.calibration import write_calibration
 from ros2_ood_seg.scorers.compact import SCORES, CompactScorer, score_of
 from ros2_ood_seg.training.outlier_exposure import list_images, read_rgb
 from ros2_ood_seg.types import Calibration
-from ros2_ood_seg.weights.store import find_weights
 
 PIXELS_PER_FRAME = 40_000
 """Enough that a few hundred frames resolve one pixel in a million."""
@@ -85,11 +84,10 @@ def run(args: argparse.Namespace) -> int:
         config = ScorerConfig(name=args.scorer, score=args.score, weights=args.weights, input_width=args.input_width)
     except ValueError as error:
         raise InputError(f"calibrate: {' '.join(str(error).split())}") from error
-    scorer = SCORERS.get(args.scorer)(config, runtime)
+    scorer: CalibratedScorer = SCORERS.get(args.scorer)(config, runtime)
     with torch.inference_mode():
         result = calibrate(scorer, images, runtime.device)
-    weights = find_weights(args.weights or f"{args.scorer}_scorer", runtime.weights_dir)
-    path = write_calibration(weights, f"{args.scorer}/{args.score}", result)
+    path = write_calibration(scorer.weights_path, scorer.calibration_key, result)
     print(f"{path}: raw {result.raw[0]:.4g} to {result.raw[-1]:.4g} from {len(images)} frames")
     return 0
 

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
 from ros2_ood_seg.errors import InputError, WeightsError
-from ros2_ood_seg.weights.store import BUNDLED_DIR, find_weights
+from ros2_ood_seg.weights.families import Family, recognise, without_prefixes
+from ros2_ood_seg.weights.store import BUNDLED_DIR, find_weights, load_weights, save_weights
 
 _CHUNK = 1 << 20
 
@@ -46,8 +47,10 @@ class ManifestEntry(BaseModel):
 
     @property
     def file_name(self) -> str:
-        """Name of the file on disk."""
-        return f"{self.name}.safetensors" if self.bundled else self.url.rsplit("/", 1)[-1] or self.name
+        """Name of the file on disk: the entry's, with the ending of its address where that has one."""
+        if self.bundled:
+            return f"{self.name}.safetensors"
+        return self.name + (Path(self.url.rsplit("/", 1)[-1]).suffix or ".pth")
 
 
 def read_manifest(path: Path = BUNDLED_DIR / "manifest.yaml") -> dict[str, ManifestEntry]:
@@ -113,9 +116,34 @@ def download(entry: ManifestEntry, folder: Path) -> Path:
     return target
 
 
+def import_weights(file: Path, folder: Path | None) -> tuple[Family, Path | None]:
+    """Recognises a checkpoint by the names of its entries, and keeps it under the name that settings look for.
+
+    Args:
+        file: Any checkpoint :func:`~ros2_ood_seg.weights.store.load_weights` reads.
+        folder: Where to save it as safetensors, in full precision and without wrappers; None only recognises it.
+
+    Returns:
+        Its family, and the file that was written.
+
+    Raises:
+        WeightsError: Damaged, or of no known family.
+        InputError: There is such a file already.
+    """
+    weights = without_prefixes(load_weights(file))
+    family = recognise(weights)
+    if folder is None:
+        return family, None
+    target = folder / f"{family.name}.safetensors"
+    if target.exists():
+        raise InputError(f"'{target}' exists already: remove it first")
+    save_weights(target, weights.state, weights.metadata, half=False)
+    return family, target
+
+
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``ood-seg weights {list,download,verify}``."""
-    parser = subparsers.add_parser("weights", help="list, download or verify weights files")
+    """Adds ``ood-seg weights {list,download,verify,import}``."""
+    parser = subparsers.add_parser("weights", help="list, download, verify or import weights files")
     actions = parser.add_subparsers(dest="action", required=True)
     for name, text in (
         ("list", "known weights and which are present"),
@@ -126,6 +154,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action.add_argument("--weights-dir", type=Path, default=None, help="folder of further weights")
         if name != "list":
             action.add_argument("names", nargs="*" if name == "verify" else "+", help="names from 'ood-seg weights list'")
+    importing = actions.add_parser("import", help="say what a checkpoint is, and keep it where settings find it")
+    importing.add_argument("file", type=Path, help="checkpoint of a published scorer, detector or segmenter")
+    importing.add_argument("--weights-dir", type=Path, default=None, help="folder to save it in as safetensors; without, it is only named")
     parser.set_defaults(run=_run)
 
 
@@ -138,6 +169,8 @@ def _run(args: argparse.Namespace) -> int:
             megabytes = f"{size / 1e6:.0f} MB" if size else "-"
             print(f"{'present' if path else 'missing':8} {entry.name:32} {megabytes:>8}  {entry.licence:12} {path or entry.page}")
         return 0
+    if args.action == "import":
+        return _import(args)
     for name in args.names:
         if name not in manifest:
             raise InputError(f"unknown weights '{name}': use one of {', '.join(manifest)}")
@@ -157,6 +190,18 @@ def _run(args: argparse.Namespace) -> int:
             print(f"{entry.name}: {'matches' if entry.sha256 else 'has no published checksum, size'} {path}")
             checked += 1
     print(f"{checked} files verified")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    family, target = import_weights(args.file, args.weights_dir)
+    print(f"{args.file}: {family.title}")
+    if target is not None:
+        print(f"saved as {target}")
+    if family.use:
+        print(f"use it with --set {family.use}" + (f" and --weights-dir {args.weights_dir}" if target else ""))
+    else:
+        print("no stage of this package runs it: write its score maps and use --set scorer.name=external")
     return 0
 
 

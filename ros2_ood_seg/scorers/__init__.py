@@ -14,6 +14,7 @@ SCORERS = Registry(
         "dense_hybrid": "ros2_ood_seg.scorers.deeplab:build_dense_hybrid",
         "mahalanobis": "ros2_ood_seg.scorers.deeplab:build_mahalanobis",
         "sml": "ros2_ood_seg.scorers.sml:build",
+        "torchvision_segmentation": "ros2_ood_seg.scorers.torchvision_segmentation:build",
     },
 )
 """Factories ``build(config: ScorerConfig, runtime: Runtime) -> Scorer``."""

@@ -46,7 +46,7 @@ from ros2_ood_seg.synthetic import SyntheticDrive
 from ros2_ood_seg.types import FrameResult, Instances, Prompts
 from ros2_ood_seg.visualization import draw_overlay, heat_map, side_by_side
 
-SEED, HEIGHT, WIDTH, FRAMES, FPS = 7, 540, 960, 30, 4.0
+SEED, HEIGHT, WIDTH, FRAMES, FPS = 7, 540, 960, 20, 3.0
 _NODE_OUTPUTS = ("instances", "boxes", "timing", "overlay/compressed")
 _BEST = 4
 _SHEET_COLUMNS, _SHEET_ROWS = 4, 4

@@ -95,7 +95,7 @@ def test_resnet101_has_the_published_names_shapes_and_size() -> None:
         "final2.0.bias": (19,),
     }
     assert {key: tuple(state[key].shape) for key in expected} == expected
-    # The release's network less the auxiliary head of 4,728,851 parameters: 64,197,504 with its post-processing kernels of 58.
+    # The release's network (64,197,504 parameters) less its auxiliary head and its two post-processing kernels.
     auxiliary = 1024 * 512 * 9 + 512 + 2 * 512 + 512 * 19 + 19
     assert sum(p.numel() for p in network.parameters()) == 64_197_504 - auxiliary - (9 + 49)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -28,3 +29,15 @@ class Scorer(Protocol):
             InputError: The scores are not finite, or ``external`` is missing or of another shape.
         """
         ...
+
+
+class CalibratedScorer(Scorer, Protocol):
+    """A scorer with weights, whose calibrations lie beside them.
+
+    Args:
+        weights_path: The weights file.
+        calibration_key: ``scorer/score``, its entry in the file of calibrations.
+    """
+
+    weights_path: Path
+    calibration_key: str

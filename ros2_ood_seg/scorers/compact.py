@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ros2_ood_seg.config import ScorerConfig
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import functions
+from ros2_ood_seg.scorers.calibration import calibration_path, read_calibration
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, OUTPUT_STRIDE, STRIDE, CompactNet, CompactOutput
 from ros2_ood_seg.types import Calibration, ScoreMap
 from ros2_ood_seg.weights.store import WeightFile, find_weights, load_into, load_weights
@@ -42,7 +44,7 @@ def from_weights(weights: WeightFile, config: ScorerConfig, runtime: Runtime, ca
     net = CompactNet()
     load_into(net, weights, "compact_scorer")
     score = config.score if config.score != "default" else str(weights.metadata.get("default_score", "outlier"))
-    return CompactScorer(net, score, calibration or _calibration(weights, score, config.temperature), config, runtime)
+    return CompactScorer(net, score, weights.path, calibration or _calibration(weights, score, config.temperature), config, runtime)
 
 
 class CompactScorer:
@@ -51,6 +53,7 @@ class CompactScorer:
     Args:
         net: The network, with weights.
         score: One of :data:`SCORES`.
+        weights: Where the weights came from; further calibrations lie beside it.
         calibration: Of that score.
         config: Input width, temperature and smoothing.
         runtime: Device and precision.
@@ -58,11 +61,15 @@ class CompactScorer:
 
     name = "compact"
 
-    def __init__(self, net: CompactNet, score: str, calibration: Calibration, config: ScorerConfig, runtime: Runtime) -> None:
+    def __init__(
+        self, net: CompactNet, score: str, weights: Path, calibration: Calibration, config: ScorerConfig, runtime: Runtime
+    ) -> None:
         if config.smoothing_px and config.smoothing_px % 2 == 0:
             raise InputError(f"scorer.smoothing_px is {config.smoothing_px}, allowed: 0 or an odd number")
         self._net = net.eval().requires_grad_(False).to(runtime.device)
         self._net.to(memory_format=torch.channels_last)
+        self.weights_path = weights
+        self.calibration_key = f"{self.name}/{score}"
         self._score = score
         self._calibration = calibration
         self._config = config
@@ -79,7 +86,7 @@ class CompactScorer:
         scores = _to_image(score_of(self._score, output, self._config.temperature)[:, None], (height, width))
         if self._config.smoothing_px:
             # As in PEBAL and RPL: sigma 1 at 7 px.
-            scores = gaussian_blur(scores, [self._config.smoothing_px], [self._config.smoothing_px / 7.0])
+            scores = gaussian_blur(scores, [self._config.smoothing_px] * 2, [self._config.smoothing_px / 7.0] * 2)
         scores = scores[0, 0]
         if not torch.isfinite(scores).all():
             raise InputError(f"scorer 'compact' gave {int((~torch.isfinite(scores)).sum())} scores that are not finite: damaged weights?")
@@ -127,6 +134,10 @@ def _calibration(weights: WeightFile, score: str, temperature: float) -> Calibra
     if score == "energy" and temperature != 1.0:
         raise WeightsError(f"scorer 'compact' is calibrated for temperature 1, scorer.temperature is {temperature}")
     found: Mapping[str, Any] = weights.metadata.get("calibrations", {})
-    if score not in found:
+    published = Calibration.from_dict(found[score]) if score in found else None
+    # Calibrations that a user made on their own camera come before those the weights were published with.
+    if calibration_path(weights.path).is_file():
+        return read_calibration(weights.path, f"compact/{score}", published or Calibration.linear())
+    if published is None:
         raise WeightsError(f"weights file '{weights.path}' has no calibration for score '{score}', it has {', '.join(found) or 'none'}")
-    return Calibration.from_dict(found[score])
+    return published

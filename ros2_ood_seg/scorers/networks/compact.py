@@ -107,4 +107,5 @@ def _fused(features: nn.Sequential) -> nn.Sequential:
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 module[index] = fuse_conv_bn_eval(conv, norm)
                 module[index + 1] = nn.Identity()
-    return features
+    # The fused biases come without gradients.
+    return features.requires_grad_()

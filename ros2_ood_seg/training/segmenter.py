@@ -162,7 +162,7 @@ def train_segmenter(
     log = _Log(output / "log.csv")
     net.train()
     saved_at = time.monotonic()
-    sums: dict[str, float] = {}
+    recent: list[dict[str, float]] = []
     batches = tqdm(_batches(maker, recipe, done), total=recipe.iterations, initial=done, desc="train segmenter", mininterval=10.0)
     for step, batch in enumerate((_to_device(batch, device) for batch in batches), start=done):
         for group in optimizer.param_groups:
@@ -176,11 +176,10 @@ def train_segmenter(
         nn.utils.clip_grad_norm_(encoder + decoder, 5.0)
         optimizer.step()
         average.update_parameters(net)
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
+        recent.append({name: value.item() for name, value in terms.items()})
         if (step + 1) % _LOG_EVERY == 0:
-            log.write({"iteration": step + 1, **{name: value / _LOG_EVERY for name, value in sums.items()}})
-            sums = {}
+            log.write({"iteration": step + 1, **{name: float(np.mean([row[name] for row in recent])) for name in terms}})
+            recent = []
         if step + 1 == recipe.iterations or time.monotonic() - saved_at > 60 * recipe.checkpoint_minutes:
             quality_now = _validate(cast("CompactNet", average.module), held_out, device)
             log.write({"iteration": step + 1, **quality_now})

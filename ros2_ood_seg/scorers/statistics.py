@@ -105,7 +105,8 @@ def read_class_values_npy(path: Path) -> NDArray[np.float64]:
             _, _, dtype = reader(file)
             values = _unpickle_class_values(file) if dtype.hasobject else np.load(path, allow_pickle=False)
             return np.asarray(values, dtype=np.float64)
-    except (OSError, ValueError, EOFError, TypeError, IndexError, AttributeError, pickle.UnpicklingError) as error:
+    # A damaged header or pickle can raise nearly anything: TokenError, MemoryError, KeyError, OverflowError and more.
+    except Exception as error:
         raise WeightsError(f"statistics '{path}' cannot be read, no array or dict of one number per class: {error}") from error
 
 

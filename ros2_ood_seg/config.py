@@ -29,16 +29,24 @@ class ScorerConfig(_Settings):
     """Image to score map."""
 
     name: str = Field("compact", description="Registered scorer: the network, or 'external' for a map that comes from elsewhere")
-    score: Literal["default", "msp", "entropy", "energy", "max_logit", "outlier"] = Field(
-        "default", description="Score function on the network's outputs; 'default' is the one the weights were trained and calibrated for"
+    score: Literal["default", "msp", "entropy", "energy", "max_logit", "outlier", "rba_tanh"] = Field(
+        "default",
+        description="Score function on the network's outputs; 'default' is the one the weights were trained and calibrated for; "
+        "'rba_tanh' is RbA with bounded classes, as in its own code",
     )
     temperature: float = Field(1.0, gt=0.0, le=1000.0, description="T of the energy score -T*logsumexp(f/T) (S2M Eq. 2)")
     weights: str = Field("", description="Weights file, or a name of the manifest; empty takes the scorer's own")
     input_width: int = Field(
-        1024,
+        768,
         ge=64,
         le=8192,
         description="Images are resized to this width (px) before the network, keeping their shape; 0-padding to its stride",
+    )
+    second_scale: float = Field(
+        2.0,
+        gt=0.0,
+        le=4.0,
+        description="compact: the network also looks at this multiple of input_width, and the logits are averaged; 1 for one look",
     )
     statistics: str = Field(
         "", description="mahalanobis, sml: file of in-distribution statistics; empty looks for <weights>.statistics.* beside the weights"

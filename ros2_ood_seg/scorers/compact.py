@@ -48,14 +48,14 @@ def from_weights(weights: WeightFile, config: ScorerConfig, runtime: Runtime, ca
 
 
 class CompactScorer:
-    """Runs the network at ``config.input_width`` and gives scores in the image's pixels.
+    """Runs the network at ``config.input_width`` and at ``config.second_scale`` times it, and gives scores in the image's pixels.
 
     Args:
         net: The network, with weights.
         score: One of :data:`SCORES`.
         weights: Where the weights came from; further calibrations lie beside it.
         calibration: Of that score.
-        config: Input width, temperature and smoothing.
+        config: Input width, second scale, temperature and smoothing.
         runtime: Device and precision.
     """
 
@@ -93,16 +93,24 @@ class CompactScorer:
         return ScoreMap(scores, self.name, self._calibration, semantic, CLASS_NAMES)
 
     def logits(self, image: Tensor) -> CompactOutput:
-        """The network's outputs for one image.
+        """The network's outputs for one image, averaged over its scales.
 
         Args:
             image: (H, W, 3) uint8 RGB.
 
         Returns:
-            Outputs with a batch of one that cover exactly the image, about a quarter of ``input_width`` wide.
+            Outputs with a batch of one that cover exactly the image, a quarter as wide as the network's widest input.
         """
+        config = self._config
+        scales = (1.0,) if config.second_scale == 1.0 else (1.0, config.second_scale)
+        looks = [self._logits_at(image, round(config.input_width * scale)) for scale in scales]
+        height, width = max((int(look.outlier_logit.shape[1]), int(look.outlier_logit.shape[2])) for look in looks)
+        classes = torch.stack([_to_image(look.class_logits, (height, width)) for look in looks]).mean(0)
+        outlier = torch.stack([_to_image(look.outlier_logit[:, None], (height, width))[:, 0] for look in looks]).mean(0)
+        return CompactOutput(classes, outlier)
+
+    def _logits_at(self, image: Tensor, in_w: int) -> CompactOutput:
         height, width = int(image.shape[0]), int(image.shape[1])
-        in_w = self._config.input_width
         in_h = max(1, round(height * in_w / width))
         x = image.permute(2, 0, 1)[None].float()
         if (in_h, in_w) != (height, width):

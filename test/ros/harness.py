@@ -24,7 +24,7 @@ import ros2_ood_seg
 from ros2_ood_seg.ros.outputs import IMAGE_TOPICS, SMALL_TOPICS
 from ros2_ood_seg.ros.transport import make_room_for_images
 
-PATIENCE_S = 90.0
+PATIENCE_S = 200.0
 T = TypeVar("T")
 
 PROFILE = """\

@@ -1,4 +1,4 @@
-"""``ood-seg bench``: speed of the pipeline's stages, and of the node around it."""
+"""``ood-seg bench``: speed of the pipeline's stages, of the scorers alone, and of the node around it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ros2_ood_seg import scorers_bench
 from ros2_ood_seg.config import load_profile, parse_overrides
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.pipeline import Pipeline
@@ -22,7 +23,7 @@ from ros2_ood_seg.synthetic.drive import SyntheticDrive
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``ood-seg bench {pipeline,node}``."""
+    """Adds ``ood-seg bench {pipeline,scorers,node}``."""
     parser = subparsers.add_parser("bench", help="measure speed")
     kinds = parser.add_subparsers(dest="bench", required=True)
     pipeline = kinds.add_parser("pipeline", help="milliseconds and memory per stage on one frame, over and over")
@@ -34,15 +35,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     pipeline.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
     pipeline.add_argument("--output", type=Path, default=None, help="write the figures as JSON")
     pipeline.set_defaults(run=_bench_pipeline)
-    # The node's bench belongs to ros/, which needs rclpy; without it the command still exists and says so.
-    if find_spec("rclpy") is not None:
+    scorers_bench.register(kinds)
+    # The node's bench belongs to ros/; without rclpy and the messages the command still exists and says so.
+    if find_spec("rclpy") is not None and find_spec("ros2_ood_seg.msg") is not None:
         importlib.import_module("ros2_ood_seg.ros.bench").register(kinds)
     else:
         kinds.add_parser("node", help="needs a ROS 2 environment").set_defaults(run=_no_ros)
 
 
 def _no_ros(args: argparse.Namespace) -> int:
-    raise InputError("'ood-seg bench node' needs rclpy, which is not installed: use 'make env' and '. ./env.sh', or source your ROS 2")
+    raise InputError("'ood-seg bench node' needs rclpy and the built messages: use 'make env' and '. ./env.sh', or source your ROS 2")
 
 
 def hardware() -> dict[str, str | int]:

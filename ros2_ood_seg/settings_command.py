@@ -19,7 +19,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def settings_markdown(config: PipelineConfig) -> str:
     """All settings as a Markdown table."""
     rows = [f"| `{s.name}` | `{format_value(s.value)}` | {describe_allowed(s)} | {s.description} |" for s in iter_settings(config)]
-    return "\n".join(["| setting | default | allowed | meaning |", "|---|---|---|---|", *rows]) + "\n"
+    return "\n".join(["| setting | in `compact` | allowed | meaning |", "|---|---|---|---|", *rows]) + "\n"
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from ros2_ood_seg.fusion import FUSIONS
 from ros2_ood_seg.prompts import BOX_PROMPTS, POINT_PROMPTS
 from ros2_ood_seg.scorers import SCORERS
 from ros2_ood_seg.segmenters import SEGMENTERS
+from ros2_ood_seg.settings_command import settings_markdown
 from ros2_ood_seg.weights.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,3 +93,8 @@ def test_messages_keep_their_fixed_fields() -> None:
         lines = (ROOT / "msg" / f"{message}.msg").read_text(encoding="utf-8").splitlines()
         declared = [" ".join(line.split("#")[0].split()) for line in lines]
         assert [field for field in fields if field not in declared] == []
+
+
+def test_the_settings_document_is_what_the_code_says() -> None:
+    document = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert settings_markdown(load_profile("compact")) in document, "run: ood-seg settings --markdown, and put it into docs/settings.md"

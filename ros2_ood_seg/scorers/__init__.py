@@ -15,6 +15,10 @@ SCORERS = Registry(
         "mahalanobis": "ros2_ood_seg.scorers.deeplab:build_mahalanobis",
         "sml": "ros2_ood_seg.scorers.sml:build",
         "torchvision_segmentation": "ros2_ood_seg.scorers.torchvision_segmentation:build",
+        "rba": "ros2_ood_seg.scorers.mask2former:build_rba",
+        "eam": "ros2_ood_seg.scorers.mask2former:build_eam",
+        "uno": "ros2_ood_seg.scorers.mask2former:build_uno",
+        "mask2anomaly": "ros2_ood_seg.scorers.mask2former:build_mask2anomaly",
     },
 )
 """Factories ``build(config: ScorerConfig, runtime: Runtime) -> Scorer``."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
 from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
 from ros2_ood_seg.errors import InputError
@@ -17,7 +19,7 @@ from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import SCORERS
 from ros2_ood_seg.training.outlier_exposure import OutlierExposure, PasteSettings, RoadSample
 from ros2_ood_seg.training.prompt_generator import PRESETS, PromptTraining, contact_sheet, train_prompt_generator
-from ros2_ood_seg.training.score_maps import ScoreMaps, write_score_maps
+from ros2_ood_seg.training.score_maps import ScoreMaps, is_complete, write_score_maps
 from ros2_ood_seg.training.scorer import ScorerData
 from ros2_ood_seg.weights.store import find_weights
 
@@ -130,6 +132,11 @@ def run(args: argparse.Namespace) -> int:
         "held_out": recipe.held_out,
         **asdict(map_recipe),
     }
+    device = runtime.device
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+        if not is_complete(folder, map_recipe.count):
+            raise InputError(f"score maps in '{folder}' are not complete: make them in one process first, with --preview")
     scorer = SCORERS.get(args.scorer)(scorer_config, runtime)
     write_score_maps(folder, frames, scorer, map_recipe.width, made_by, runtime.device)
     maps = ScoreMaps.read(folder)
@@ -138,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         path = args.output / "preview.png"
         cv2.imwrite(str(path), cv2.cvtColor(contact_sheet(maps, recipe), cv2.COLOR_RGB2BGR))
     else:
-        path = train_prompt_generator(maps, recipe, args.output, device=runtime.device, init=args.init, extra_metadata={"maps": made_by})
+        path = train_prompt_generator(maps, recipe, args.output, device=device, init=args.init, extra_metadata={"maps": made_by})
     print(path)
     return 0
 

@@ -166,6 +166,11 @@ class ScoreMaps:
         )
 
 
+def is_complete(folder: Path, count: int) -> bool:
+    """Whether all ``count`` maps are there."""
+    return all(_shard(folder, number).is_file() for number in range(-(-count // SHARD_SIZE)))
+
+
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"maps_{number:05d}.npz"
 

@@ -91,6 +91,13 @@ def test_published_defaults_and_changes(tmp_path: Path) -> None:
     assert map_recipe.paste == PasteSettings.published()
 
 
+def test_several_processes_need_finished_maps(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = parse([*arguments, "--output", str(tmp_path), "--held-out", "4"])
+    with pytest.raises(InputError, match="in one process first"):
+        args.run(args)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

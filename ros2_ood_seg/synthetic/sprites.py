@@ -236,18 +236,23 @@ def tree(rng: np.random.Generator, bush: bool = False) -> Sprite:
         )
     bottom = 0.95 if bush else 0.68
     crown = np.zeros(shape, np.float32)
-    for _ in range(26):
-        radius = float(rng.uniform(0.1, 0.22))
+    clumps = np.full(shape, 0.8, np.float32)
+    down = np.linspace(0.0, 1.0, canvas.height, dtype=np.float32)[:, None]
+    for _ in range(60):
+        radius = float(rng.uniform(0.06, 0.2))
         angle, distance = rng.uniform(0.0, 2.0 * math.pi), math.sqrt(rng.uniform(0.0, 1.0))
         x = 0.5 + (0.5 - radius) * distance * math.cos(angle)
         y = bottom / 2.0 + (bottom / 2.0 - radius * 0.7) * distance * math.sin(angle)
-        crown = np.maximum(crown, canvas.ellipse_mask((x, y), (radius, radius * 0.8)))
-    leaves = fractal_noise(rng, shape, 0.9)
-    crown = smooth_step(cv2.GaussianBlur(crown, (0, 0), 0.02 * canvas.height) + 0.16 * leaves, 0.42, 0.56)
-    base = as_float32([0.14, 0.19, 0.08]) * float(rng.uniform(0.8, 1.25)) + as_float32(rng.uniform(-0.02, 0.03, 3))
-    lit = 1.0 + 0.34 * leaves + 0.22 * fractal_noise(rng, shape, 1.8)
-    canvas.paint(crown, np.clip(lit, 0.15, 2.3)[..., None] * base * np.linspace(1.3, 0.65, canvas.height, dtype=np.float32)[:, None, None])
-    canvas.round_off(0.4, 0.08)
+        clump = canvas.ellipse_mask((x, y), (radius, radius * 0.8))
+        crown = np.maximum(crown, clump)
+        # Every clump of leaves is bright above and dark below.
+        light = float(rng.uniform(0.9, 1.2)) - 0.45 * np.clip((down - y) / (radius * 0.8), -1.0, 1.0)
+        clumps += (light - clumps) * cv2.GaussianBlur(clump, (0, 0), 0.012 * canvas.height)
+    leaves, twigs = fractal_noise(rng, shape, 0.9), fractal_noise(rng, shape, 0.35)
+    crown = smooth_step(cv2.GaussianBlur(crown, (0, 0), 0.03 * canvas.height) + 0.2 * leaves + 0.1 * twigs, 0.42, 0.56)
+    base = as_float32([0.15, 0.175, 0.1]) * float(rng.uniform(0.85, 1.2)) + as_float32(rng.uniform(-0.02, 0.03, 3))
+    lit = clumps * (1.0 + 0.2 * leaves + 0.16 * twigs) * (1.15 - 0.35 * down)
+    canvas.paint(crown, np.clip(lit, 0.2, 2.2)[..., None] * base)
     return canvas.finish(0.35)
 
 

@@ -165,3 +165,19 @@ def test_saved_weights_give_the_same_masks(tmp_path: Path) -> None:
     built = SEGMENTERS.get("compact")(SegmenterConfig(name="compact", weights=str(path)), CPU)(some_image(), some_prompts())
     direct = from_network(network, CPU)(some_image(), some_prompts())
     assert torch.equal(built.masks, direct.masks)
+
+
+def test_bundled_weights_segment_plain_objects() -> None:
+    rows, columns = np.mgrid[:240, :320]
+    picture = np.full((240, 320, 3), 110, np.uint8) + np.random.default_rng(0).integers(0, 20, (240, 320, 3), dtype=np.uint8)
+    truth = np.stack(
+        [((columns - 90) / 40) ** 2 + ((rows - 120) / 30) ** 2 < 1, (abs(columns - 230) < 20) & (abs(rows - 150) < 35)],
+    )
+    picture[truth[0]] = (190, 40, 30)
+    picture[truth[1]] = (235, 230, 225)
+    prompts = Prompts(torch.tensor([[50.0, 90, 130, 150], [205, 110, 255, 190]]), torch.ones(2), torch.tensor([[85.0, 115], [232, 160]]))
+    result = SEGMENTERS.get("compact")(SegmenterConfig(name="compact"), CPU)(torch.from_numpy(picture), prompts)
+    wanted = torch.from_numpy(truth).repeat(2, 1, 1)
+    iou = (result.masks & wanted).sum((1, 2)) / (result.masks | wanted).sum((1, 2))
+    assert iou.min() > 0.8
+    assert result.quality.min() > 0.5

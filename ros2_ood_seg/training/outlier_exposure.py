@@ -174,13 +174,13 @@ class PasteSettings:
     object_scales: tuple[float, ...] = ()
     procedural: float = 0.12
     known_classes: tuple[int, ...] = (2, 4)
-    perspective: float = 0.4
-    on_road: float = 0.5
-    harmonise: float = 0.5
+    perspective: float = 0.5
+    on_road: float = 0.65
+    harmonise: float = 0.4
     feather: float = 0.8
     shadow: float = 0.3
-    native: float = 0.5
-    illumination: float = 0.5
+    native: float = 0.35
+    illumination: float = 0.7
     augment: bool = True
 
     @classmethod
@@ -347,7 +347,7 @@ class _Canvas:
             size = longest * float(rng.choice(s.object_scales))
         elif rng.random() < s.perspective and foot_y > self.horizon_y + 4:
             # On a flat road seen from 1.5 m, an object of that height reaches from its foot to the horizon.
-            size = (foot_y - self.horizon_y) * _log_uniform(rng, (0.1, 1.5))
+            size = (foot_y - self.horizon_y) * _log_uniform(rng, (0.08, 1.2))
         else:
             size = self.scale * _log_uniform(rng, s.object_px)
         size = min(max(size, self.scale * s.object_px[0], 6.0), 2.0 * longest)

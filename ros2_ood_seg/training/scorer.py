@@ -168,7 +168,7 @@ def collate(samples: Sequence[RoadSample]) -> Batch:
 def scorer_loss(output: CompactOutput, batch: Batch, recipe: ScorerTraining) -> dict[str, Tensor]:
     """The terms of the loss and their sum ``total``.
 
-    Anomaly: BCE averaged over pasted pixels (0.5), over the hardest sixteenth of the others (0.25), and over all pixels (1).
+    Anomaly: BCE averaged over pasted pixels (0.5), over the hardest sixteenth of the others (0.4), and over all pixels (1).
     """
     logit, target = output.outlier_logit.float(), batch.anomaly
     bce = F.binary_cross_entropy_with_logits(logit, target, reduction="none")
@@ -178,7 +178,7 @@ def scorer_loss(output: CompactOutput, batch: Batch, recipe: ScorerTraining) -> 
     log_p = F.log_softmax(output.class_logits.float(), dim=1)
     known = F.nll_loss(log_p, batch.semantic, ignore_index=IGNORE, reduction="sum") / (batch.semantic != IGNORE).sum().clamp_min(1)
     uniform = (-log_p.mean(1) * batch.weight).sum() / batch.weight.sum().clamp_min(1e-6)
-    total = 0.5 * positive + 0.25 * hard + bce.mean() + recipe.semantic_weight * known + recipe.uniform_weight * uniform
+    total = 0.5 * positive + 0.4 * hard + bce.mean() + recipe.semantic_weight * known + recipe.uniform_weight * uniform
     return {"total": total, "positive": positive, "hard": hard, "mean": bce.mean(), "semantic": known, "uniform": uniform}
 
 

@@ -159,7 +159,7 @@ def train_segmenter(
     parts: dict[str, Any] = {"net": net, "average": average, "optimizer": optimizer}
     done = _resume(checkpoint, parts)
     maker = SampleMaker(objects, backgrounds)
-    log = _Log(output / "log.csv")
+    log = _Log(output / "log.csv", done)
     net.train()
     saved_at = time.monotonic()
     recent: list[dict[str, float]] = []
@@ -257,10 +257,12 @@ class _Log:
 
     columns = ("iteration", "total", "bce", "dice", "quality", "iou", *(f"val_{kind}" for kind in PROMPT_KINDS))
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, done: int) -> None:
         self._path = path
-        if not path.is_file():
-            path.write_text(",".join(self.columns) + "\n", encoding="utf-8")
+        rows = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
+        # What an interrupted run logged after its last checkpoint is learnt, and logged, once more.
+        kept = [row for row in rows if int(row.split(",")[0]) <= done]
+        path.write_text("\n".join([",".join(self.columns), *kept]) + "\n", encoding="utf-8")
 
     def write(self, values: dict[str, float]) -> None:
         with self._path.open("a", newline="", encoding="utf-8") as file:

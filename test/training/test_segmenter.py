@@ -119,6 +119,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch:
     assert len(made) == 3 + 2
     for name, value in whole.state.items():
         assert torch.equal(resumed.state[name], value), name
+    assert (tmp_path / "parts/log.csv").read_text() == (tmp_path / "whole/log.csv").read_text()
 
 
 def test_starting_from_features_or_from_a_segmenter(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class PromptsConfig(_Settings):
 class SegmenterConfig(_Settings):
     """Image and prompts to masks."""
 
-    name: str = Field("grabcut", description="Registered promptable segmenter")
+    name: str = Field("compact", description="Registered promptable segmenter")
     model: Literal["vit_b", "vit_l", "vit_h"] = Field("vit_b", description="sam: image encoder size (S2M: vit_b, UGainS: vit_h)")
     weights: str = Field("", description="Weights file or manifest name; empty takes the segmenter's own")
     batch_size: int = Field(64, ge=1, le=1024, description="Prompts per decoder call; a frame with more takes several calls")

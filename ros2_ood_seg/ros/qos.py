@@ -17,8 +17,8 @@ def small_output() -> QoSProfile:
 
 
 def image_output() -> QoSProfile:
-    """Output images: a slow viewer must not hold up the node."""
-    return QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
+    """Output images: reliable, so that viewers of either kind match; only the newest are kept for a slow one."""
+    return QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=2, reliability=ReliabilityPolicy.RELIABLE)
 
 
 def overridable() -> QoSOverridingOptions:

@@ -85,7 +85,7 @@ def test_run_leaves_logs_and_a_described_weights_file(trained: Path) -> None:
     with (trained.parent / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(r["iteration"]) for r in rows] == [20, 40]
-    assert float(rows[-1]["loss_classifier"]) < float(rows[0]["loss_classifier"]) * 2
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values() if value)
     metadata = load_weights(trained).metadata
     assert metadata["network"] == "compact"
     assert metadata["map_input"]["mode"] == "calibrated"

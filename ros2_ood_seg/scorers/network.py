@@ -126,10 +126,6 @@ def read_checkpoint(
             f"weights file '{weights.path}' is of the family '{family.name}', scorer '{config.name}' needs {' or '.join(families)}"
         )
     state = {key: value for key, value in weights.state.items() if not key.startswith(unused)}
-    for key, value in list(state.items()):
-        # Checkpoints from before PyTorch 0.4.1 lack the batch counters, which inference does not use.
-        if key.endswith(".running_var"):
-            state.setdefault(key.replace("running_var", "num_batches_tracked"), torch.zeros((), dtype=torch.int64, device=value.device))
     return WeightFile(weights.path, state, weights.metadata)
 
 
@@ -140,7 +136,9 @@ def ready(network: nn.Module, weights: WeightFile, family: str, runtime: Runtime
         WeightsError: Missing or left-over entries, or of another shape.
     """
     network.to_empty(device="cpu")
-    load_into(network, weights, family)
+    # Checkpoints from before PyTorch 0.4.1 lack the batch counters, which inference does not use.
+    counters = {key: torch.zeros((), dtype=torch.int64) for key in network.state_dict() if key.endswith(".num_batches_tracked")}
+    load_into(network, WeightFile(weights.path, {**counters, **weights.state}, weights.metadata), family)
     network.to(runtime.device).eval()
     if runtime.device.type == "cuda":
         network.to(memory_format=torch.channels_last)

@@ -41,10 +41,21 @@ class Family:
 
 _WRN38 = ("mod1.conv1.weight", "mod7.block1.", "aspp.features.0.", "bot_fine.weight", "final.6.weight")
 
+_MOBILE = ("features.0.0.weight", "aspp.features.0.", "bot_fine.weight", "final.6.weight")
+_LDN121 = ("backbone.features.denseblock4.", "spp.spp.", "upsample.upsample_layers.", "logits.conv.")
+
 FAMILIES = (
     Family("compact_scorer", "compact scorer of this package", "scorer.name=compact", ("features.", "class_head.", "outlier_head.")),
     Family("rpl", "RPL or RPL+CoroCL on DeepLabV3+ WideResNet-38", "scorer.name=rpl", (*_WRN38, "residual_block.atten_aspp.")),
     Family("dense_hybrid", "DenseHybrid on DeepLabV3+ WideResNet-38", "scorer.name=dense_hybrid", (*_WRN38, "logits_ood.conv.")),
+    Family("rpl", "RPL or RPL+CoroCL on DeepLabV3+ MobileNetV2", "scorer.name=rpl", (*_MOBILE, "residual_block.atten_aspp.")),
+    Family("dense_hybrid", "DenseHybrid on DeepLabV3+ MobileNetV2", "scorer.name=dense_hybrid", (*_MOBILE, "logits_ood.conv.")),
+    Family(
+        "deeplab_mobilenet_v2",
+        "DeepLabV3+ MobileNetV2: plain, or trained as PEBAL or for maximum entropy, which the file does not tell",
+        "scorer.name=deeplab_mobilenet_v2 or pebal or max_entropy or mahalanobis",
+        _MOBILE,
+    ),
     Family("pebal", "PEBAL on DeepLabV3+ WideResNet-38 (20 outputs)", "scorer.name=pebal", _WRN38, outputs=20),
     Family(
         "deeplab_wrn38",
@@ -73,9 +84,10 @@ FAMILIES = (
     Family(
         "dense_hybrid_ldn121",
         "DenseHybrid on Ladder-DenseNet-121",
-        "",
-        ("backbone.features.denseblock1.", "spp.", "upsample.", "logits_ood."),
+        "scorer.name=dense_hybrid_ldn121",
+        (*_LDN121, "logits_ood."),
     ),
+    Family("ldn121", "Ladder-DenseNet-121", "scorer.name=ldn121", _LDN121),
     Family("sam", "Segment Anything", "segmenter.name=sam", ("image_encoder.", "prompt_encoder.", "mask_decoder.")),
     Family(
         "s2m_prompt_generator",

@@ -125,21 +125,30 @@ class Cutout:
             InputError: Unreadable files, or a mask that is empty or of another size.
         """
         image = read_rgb(self.image)
-        alpha = np.zeros(image.shape[:2], np.uint8)
+        alpha = self.mask_in((image.shape[0], image.shape[1]))
+        x, y, w, h = cv2.boundingRect(alpha)
+        return np.dstack([image, alpha])[y : y + h, x : x + w]
+
+    def mask_in(self, shape_hw: tuple[int, int]) -> NDArray[np.uint8]:
+        """(H, W) uint8, 255 on the object, for a picture of that shape.
+
+        Raises:
+            InputError: An unreadable mask, or one that is empty or of another size.
+        """
+        alpha = np.zeros(shape_hw, np.uint8)
         if self.polygons is not None:
             # COCO counts from pixel corners, OpenCV from pixel centres.
             cv2.fillPoly(alpha, [np.round((p - 0.5) * 8).astype(np.int32) for p in self.polygons], 255, shift=3)
         else:
             raw = cv2.imread(str(self.mask), cv2.IMREAD_UNCHANGED)
-            if raw is None or raw.shape[:2] != image.shape[:2]:
+            if raw is None or raw.shape[:2] != shape_hw:
                 raise InputError(f"mask '{self.mask}' cannot be read or differs in size from '{self.image}'")
             if raw.ndim == 3:
                 raw = raw[..., 2].astype(np.int32) + 256 * raw[..., 1].astype(np.int32) + 65536 * raw[..., 0].astype(np.int32)
             alpha[raw == self.mask_id] = 255
-        x, y, w, h = cv2.boundingRect(alpha)
-        if w == 0 or h == 0:
+        if not alpha.any():
             raise InputError(f"the mask of an object of '{self.image}' is empty")
-        return np.dstack([image, alpha])[y : y + h, x : x + w]
+        return alpha
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from ros2_ood_seg.config import RuntimeConfig, SegmenterConfig
 from ros2_ood_seg.errors import InputError
@@ -30,6 +27,7 @@ from ros2_ood_seg.segmenters import SEGMENTERS
 from ros2_ood_seg.segmenters.base import PromptableSegmenter
 from ros2_ood_seg.segmenters.compact import CROP_PX, FAMILY, POINT_CROP_PX, from_network
 from ros2_ood_seg.segmenters.networks.compact import CompactNet
+from ros2_ood_seg.training.loop import TrainingLoop
 from ros2_ood_seg.training.segmenter_data import (
     Batch,
     Image,
@@ -51,7 +49,8 @@ PROMPT_KINDS = ("box", "shifted_box", "point")
 _SHIFT = 0.15
 _FAR_PX = 24.0
 _SIZES_PX = ((0, 32), (32, 96), (96, 256), (256, 100_000))
-_LOG_EVERY = 20
+_PANELS = (("total", "bce", "dice", "quality"), ("iou", *(f"val_{kind}" for kind in PROMPT_KINDS)))
+_MAY_CHANGE = ("iterations", "cool_down", "checkpoint_minutes")
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def train_segmenter(
         The file with the averaged weights.
 
     Raises:
-        InputError: Unusable weights, or a loss that is not finite.
+        InputError: Unusable weights, a checkpoint of another recipe, or a loss that is not finite.
     """
     device = device or torch.device("cpu")
     torch.manual_seed(recipe.seed)
@@ -154,40 +153,34 @@ def train_segmenter(
     encoder = [parameter for parameter in net.encoder.parameters() if parameter.requires_grad]
     decoder = [parameter for name, parameter in net.named_parameters() if not name.startswith("encoder.")]
     optimizer = torch.optim.AdamW([{"params": encoder, "share": recipe.encoder_rate}, {"params": decoder, "share": 1.0}], weight_decay=1e-4)
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoint = output / "checkpoint.pt"
-    parts: dict[str, Any] = {"net": net, "average": average, "optimizer": optimizer}
-    done = _resume(checkpoint, parts)
-    maker = SampleMaker(objects, backgrounds)
-    log = _Log(output / "log.csv", done)
+    loop = TrainingLoop(
+        output,
+        recipe,
+        {"net": net, "average": average, "optimizer": optimizer},
+        title="train segmenter",
+        panels=_PANELS,
+        may_change=_MAY_CHANGE,
+        checkpoint_minutes=recipe.checkpoint_minutes,
+    )
     net.train()
-    saved_at = time.monotonic()
-    recent: list[dict[str, float]] = []
-    batches = tqdm(_batches(maker, recipe, done), total=recipe.iterations, initial=done, desc="train segmenter", mininterval=10.0)
-    for step, batch in enumerate((_to_device(batch, device) for batch in batches), start=done):
+
+    def step(batch: Batch) -> dict[str, Tensor]:
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * group["share"] * recipe.rate(step)
+            group["lr"] = recipe.learning_rate * group["share"] * recipe.rate(loop.done)
+        batch = _to_device(batch, device)
         logits, quality = net(batch.crops)
         terms = segmenter_loss(logits, quality, batch, recipe.quality_weight)
-        if not torch.isfinite(terms["total"]):
-            raise InputError(f"the loss is {terms['total'].item()} at iteration {step}: lower the learning rate ({recipe.learning_rate})")
-        optimizer.zero_grad(set_to_none=True)
-        terms["total"].backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(encoder + decoder, 5.0)
-        optimizer.step()
+        loop.descend(optimizer, terms["total"], clip_norm=5.0)
         average.update_parameters(net)
-        recent.append({name: value.item() for name, value in terms.items()})
-        if (step + 1) % _LOG_EVERY == 0:
-            log.write({"iteration": step + 1, **{name: float(np.mean([row[name] for row in recent])) for name in terms}})
-            recent = []
-        if step + 1 == recipe.iterations or time.monotonic() - saved_at > 60 * recipe.checkpoint_minutes:
-            quality_now = _validate(cast("CompactNet", average.module), held_out, device)
-            log.write({"iteration": step + 1, **quality_now})
-            log.plot()
-            _save(checkpoint, {**{name: part.state_dict() for name, part in parts.items()}, "done": step + 1})
-            metadata = {"family": FAMILY, "width": net.width, "recipe": asdict(recipe), "done": step + 1, "validation": quality_now}
-            save_weights(output / "segmenter.safetensors", average.module.state_dict(), {**metadata, **(provenance or {})})
-            saved_at = time.monotonic()
+        return terms
+
+    def at_checkpoint() -> dict[str, float]:
+        measured = _validate(cast("CompactNet", average.module), held_out, device)
+        metadata = {"family": FAMILY, "width": net.width, "recipe": asdict(recipe), "done": loop.done, "validation": measured}
+        save_weights(output / "segmenter.safetensors", average.module.state_dict(), {**metadata, **(provenance or {})})
+        return measured
+
+    loop.run(_batches(SampleMaker(objects, backgrounds), recipe, loop.done), step, at_checkpoint)
     return output / "segmenter.safetensors"
 
 
@@ -225,21 +218,6 @@ def _start_from(net: CompactNet, init: WeightFile) -> None:
         net.load_imagenet(init)
 
 
-def _resume(checkpoint: Path, parts: dict[str, Any]) -> int:
-    if not checkpoint.is_file():
-        return 0
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    return int(saved["done"])
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    unfinished = path.with_suffix(".partial")
-    torch.save(state, unfinished)
-    unfinished.replace(path)
-
-
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     crops = batch.crops.to(device).contiguous(memory_format=torch.channels_last)
     return Batch(crops, batch.targets.to(device), batch.hidden.to(device))
@@ -250,40 +228,6 @@ def _validate(network: CompactNet, objects: Sequence[SegmentedObject], device: t
         return {}
     segmenter = from_network(copy.deepcopy(network), Runtime(device))
     return {f"val_{kind}": values["iou"] for kind, values in measure(segmenter, objects, device).items()}
-
-
-class _Log:
-    """Appends to ``log.csv`` and draws ``curve.png`` beside it."""
-
-    columns = ("iteration", "total", "bce", "dice", "quality", "iou", *(f"val_{kind}" for kind in PROMPT_KINDS))
-
-    def __init__(self, path: Path, done: int) -> None:
-        self._path = path
-        rows = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
-        # What an interrupted run logged after its last checkpoint is learnt, and logged, once more.
-        kept = [row for row in rows if int(row.split(",")[0]) <= done]
-        path.write_text("\n".join([",".join(self.columns), *kept]) + "\n", encoding="utf-8")
-
-    def write(self, values: dict[str, float]) -> None:
-        with self._path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([f"{values[name]:.5g}" if name in values else "" for name in self.columns])
-
-    def plot(self) -> None:
-        from matplotlib.figure import Figure
-
-        with self._path.open(encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        figure = Figure(figsize=(9, 3.2), layout="constrained")
-        for axis, names in zip(figure.subplots(1, 2), (self.columns[1:5], self.columns[5:]), strict=True):
-            for name in names:
-                points = [(float(row["iteration"]), float(row[name])) for row in rows if row[name]]
-                if points:
-                    axis.plot(*zip(*points, strict=True), label=name)
-            axis.set_xlabel("iteration")
-            axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend()
-        figure.savefig(self._path.with_name("curve.png"), dpi=110)
 
 
 def measure(

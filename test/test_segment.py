@@ -10,7 +10,7 @@ import pytest
 from ros2_ood_seg import rle
 from ros2_ood_seg.cli import main
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.evaluation.bags import BagWriter
+from ros2_ood_seg.evaluation.bag_writer import BagWriter
 from ros2_ood_seg.segment import open_source
 
 HEIGHT, WIDTH = 96, 160

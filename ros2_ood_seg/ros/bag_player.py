@@ -24,7 +24,8 @@ from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
 
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.evaluation.bags import COMPRESSED_IMAGE, BagImage, BagReader
+from ros2_ood_seg.evaluation.bag_messages import COMPRESSED_IMAGE
+from ros2_ood_seg.evaluation.bags import BagImage, BagReader
 from ros2_ood_seg.msg import AnomalyInstanceArray
 from ros2_ood_seg.ros.transport import make_room_for_images
 

@@ -26,16 +26,9 @@ from numpy.typing import NDArray
 from ros2_ood_seg.config import load_profile
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component
-from ros2_ood_seg.evaluation.bags import (
-    COMPRESSED_IMAGE,
-    DRIVE_IMAGE,
-    DRIVE_INSTANCE,
-    DRIVE_LABEL,
-    BagReader,
-    BagWriter,
-    instances_from_message,
-    write_drive,
-)
+from ros2_ood_seg.evaluation.bag_messages import COMPRESSED_IMAGE, instances_from_message
+from ros2_ood_seg.evaluation.bag_writer import DRIVE_IMAGE, DRIVE_INSTANCE, DRIVE_LABEL, BagWriter, write_drive
+from ros2_ood_seg.evaluation.bags import BagReader
 from ros2_ood_seg.evaluation.datasets import labelled_image
 from ros2_ood_seg.evaluation.evaluate import Evaluation, Options
 from ros2_ood_seg.pipeline import Pipeline

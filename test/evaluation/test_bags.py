@@ -10,17 +10,9 @@ import torch
 
 from ros2_ood_seg import rle
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.evaluation.bags import (
-    DRIVE_IMAGE,
-    DRIVE_INSTANCE,
-    DRIVE_LABEL,
-    BagReader,
-    BagWriter,
-    instances_from_message,
-    make_header,
-    typestore,
-    write_drive,
-)
+from ros2_ood_seg.evaluation.bag_messages import instances_from_message, make_header, typestore
+from ros2_ood_seg.evaluation.bag_writer import DRIVE_IMAGE, DRIVE_INSTANCE, DRIVE_LABEL, BagWriter, write_drive
+from ros2_ood_seg.evaluation.bags import BagReader
 from ros2_ood_seg.synthetic import SyntheticDrive
 
 STAMPS = [1_700_000_000_000_000_001 + k * 100_000_000 for k in range(4)]

@@ -23,7 +23,7 @@ from ros2_ood_seg.msg import AnomalyInstanceArray
 from sensor_msgs.msg import CompressedImage, Image
 
 import ros2_ood_seg
-from ros2_ood_seg.evaluation.bags import BagWriter
+from ros2_ood_seg.evaluation.bag_writer import BagWriter
 from ros2_ood_seg.ros.images import image_to_rgb
 
 pytestmark = pytest.mark.dds

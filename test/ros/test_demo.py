@@ -17,7 +17,9 @@ pytest.importorskip("ros2_ood_seg.msg", reason="the messages are not built (colc
 
 from harness import PATIENCE_S
 
-from ros2_ood_seg.evaluation.bags import BagReader, BagWriter, instances_from_message
+from ros2_ood_seg.evaluation.bag_messages import instances_from_message
+from ros2_ood_seg.evaluation.bag_writer import BagWriter
+from ros2_ood_seg.evaluation.bags import BagReader
 from ros2_ood_seg.ros.demo import main, process
 
 pytestmark = pytest.mark.dds

@@ -6,6 +6,7 @@ names are those of the published checkpoints, so that a state dict loads without
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,17 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation:
         nn.Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
+    )
+
+
+def norm_relu_conv(in_channels: int, out_channels: int, kernel: int = 1, *, bias: bool = False) -> nn.Sequential:
+    """Batch norm, ReLU, convolution that keeps the size, under the names ``norm``, ``relu`` and ``conv`` (DenseHybrid)."""
+    return nn.Sequential(
+        OrderedDict(
+            norm=nn.BatchNorm2d(in_channels),
+            relu=nn.ReLU(inplace=True),
+            conv=nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias),
+        )
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ros2_ood_seg.scorers.networks.deeplab import AtrousPyramid, decoder_head, upsample_aligned
+from ros2_ood_seg.scorers.networks.deeplab import AtrousPyramid, decoder_head, norm_relu_conv, upsample_aligned
 
 
 class DeepLabOutput(NamedTuple):
@@ -63,7 +63,7 @@ class AnomalyDeepLab(nn.Module):
         self.bot_aspp = nn.Conv2d(5 * width, width, 1, bias=False)
         self.final = nn.Sequential(*decoder_head(width + fine, width), nn.Conv2d(width, self.num_classes, 1, bias=False))
         self.residual_block = _ResidualPattern(deep_channels, width, width + fine, rates, projection) if residual else None
-        self.logits_ood = _norm_relu_conv(width + fine, 2) if ood_head else None
+        self.logits_ood = norm_relu_conv(width + fine, 2, bias=True) if ood_head else None
 
     def trunk(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The skip connection and the deep features of an image as in :meth:`forward`."""
@@ -120,7 +120,3 @@ class _ResidualPattern(nn.Module):
         x = upsample_aligned(self.bot_atten_aspp(self.atten_aspp(x)), size_hw)
         projection = self.proj_head(x) if self.training and self.proj_head is not None else None
         return self.atten_aspp_final(x), projection
-
-
-def _norm_relu_conv(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(norm=nn.BatchNorm2d(in_channels), relu=nn.ReLU(), conv=nn.Conv2d(in_channels, out_channels, 1)))

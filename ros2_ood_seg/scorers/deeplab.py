@@ -42,7 +42,7 @@ from ros2_ood_seg.scorers.networks.deeplab import upsample_aligned
 from ros2_ood_seg.scorers.networks.deeplab_anomaly import AnomalyDeepLab
 from ros2_ood_seg.scorers.networks.deeplab_mobilenet_v2 import DeepLabMobileNetV2
 from ros2_ood_seg.scorers.networks.deeplab_wrn38 import DeepLabWideResNet38
-from ros2_ood_seg.scorers.statistics import FeatureStatistics, find_statistics, read_feature_statistics
+from ros2_ood_seg.scorers.statistics import FeatureStatistics, StatisticsSource, find_statistics, read_feature_statistics, statistics_path
 from ros2_ood_seg.weights.store import WeightFile
 
 PLAIN_FAMILIES = ("deeplab_wrn38", "deeplab_mobilenet_v2")
@@ -50,6 +50,7 @@ PLAIN_FAMILIES = ("deeplab_wrn38", "deeplab_mobilenet_v2")
 
 _BLUR_PX = 7
 _ABSTENTION_OUTPUTS = len(CITYSCAPES_CLASSES) + 1
+_MAHALANOBIS_WEIGHTS = ("deeplab_wrn38", ("pebal", *PLAIN_FAMILIES))
 
 
 def build_plain(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
@@ -95,8 +96,8 @@ def build_dense_hybrid(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
 def build_mahalanobis(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
     """``mahalanobis``: needs estimates, ``<weights>.statistics.h5`` or ``.safetensors`` or what ``scorer.statistics`` names."""
     only_default_score(config)
-    network, weights = _network(config, runtime, "deeplab_wrn38", ("pebal", *PLAIN_FAMILIES))
-    path = find_statistics(config, weights.path, (".h5", ".safetensors"))
+    network, weights = _network(config, runtime, *_MAHALANOBIS_WEIGHTS)
+    path = find_statistics(config, weights.path, (".safetensors", ".h5"))
     loaded = read_feature_statistics(path)
     statistics = FeatureStatistics(loaded.mean.to(runtime.device), loaded.inverse.to(runtime.device))
     expected = cast("nn.Conv2d", network.final[-1]).in_channels
@@ -112,13 +113,27 @@ def build_mahalanobis(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
     return NetworkScorer(method, "distance", weights.path, names, config)
 
 
+def mahalanobis_statistics_source(config: ScorerConfig, runtime: Runtime) -> StatisticsSource:
+    """The classifier's input at the network's resolution, one vector a pixel."""
+    network, weights = _network(config, runtime, *_MAHALANOBIS_WEIGHTS)
+    known = _known_outputs(network)
+
+    def observe(image: Tensor) -> tuple[Tensor, Tensor]:
+        with runtime.autocast():
+            features = network.penultimate(image)
+            logits = network.final[-1](features)[:, known]
+        return finite(features, config.name)[0].flatten(1), logits[0].flatten(1).argmax(dim=0)
+
+    classes = len(range(network.num_classes)[known])
+    return StatisticsSource(observe, classes, statistics_path(weights.path, ".safetensors"))
+
+
 def _build_logit_scorer(
     config: ScorerConfig, runtime: Runtime, weights_name: str, families: tuple[str, ...], default: str, blur_px: int = 1
 ) -> NetworkScorer:
     score_name, score = logit_score(config, default)
     network, weights = _network(config, runtime, weights_name, families)
-    # The abstention output of PEBAL stands for no class.
-    known = slice(len(CITYSCAPES_CLASSES)) if network.num_classes == _ABSTENTION_OUTPUTS else slice(None)
+    known = _known_outputs(network)
 
     def method(image: Tensor) -> RawScores:
         with runtime.autocast():
@@ -132,14 +147,19 @@ def _build_logit_scorer(
     return NetworkScorer(method, score_name, weights.path, _class_names(network), config, blur_px)
 
 
-def like(state: Mapping[str, Tensor]) -> AnomalyDeepLab:
-    """The untrained DeepLabV3+ that a state dict belongs to, on the meta device."""
-    return DeepLabMobileNetV2.like(state) if "features.0.0.weight" in state else DeepLabWideResNet38.like(state)
+def like(state: Mapping[str, Tensor], **changed: int | bool) -> AnomalyDeepLab:
+    """The untrained DeepLabV3+ that a state dict belongs to, on the meta device; ``changed`` are arguments that differ."""
+    return DeepLabMobileNetV2.like(state, **changed) if "features.0.0.weight" in state else DeepLabWideResNet38.like(state, **changed)
 
 
 def _network(config: ScorerConfig, runtime: Runtime, weights_name: str, families: tuple[str, ...]) -> tuple[AnomalyDeepLab, WeightFile]:
     weights = read_checkpoint(config, runtime, weights_name, families)
     return cast("AnomalyDeepLab", ready(like(weights.state), weights, "DeepLabV3+", runtime)), weights
+
+
+def _known_outputs(network: AnomalyDeepLab) -> slice:
+    """The outputs that stand for classes: the abstention output of PEBAL does not."""
+    return slice(len(CITYSCAPES_CLASSES)) if network.num_classes == _ABSTENTION_OUTPUTS else slice(None)
 
 
 def _class_names(network: AnomalyDeepLab) -> tuple[str, ...]:

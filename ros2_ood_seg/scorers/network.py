@@ -89,12 +89,8 @@ class NetworkScorer:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != torch.uint8:
             raise InputError(f"image must be (H, W, 3) uint8 RGB, got shape {tuple(image.shape)} of {image.dtype}")
         height, width = int(image.shape[0]), int(image.shape[1])
-        x = image.permute(2, 0, 1)[None].float()
-        if width != self._input_width:
-            size = (max(1, round(height * self._input_width / width)), self._input_width)
-            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
         with torch.inference_mode():
-            raw = self._method(x)
+            raw = self._method(network_input(image, self._input_width))
             scores, classes = _smooth(raw.scores, self._smoothing_px), raw.classes.to(torch.uint8)
             if tuple(scores.shape) != (height, width):
                 scores = F.interpolate(scores[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
@@ -102,6 +98,15 @@ class NetworkScorer:
         if not torch.isfinite(scores).all():
             raise InputError(f"scorer '{self.name}' gives scores that are not finite: the weights are damaged, or the precision is too low")
         return ScoreMap(scores, self.name, self._calibration, classes, self._class_names)
+
+
+def network_input(image: Tensor, width: int) -> Tensor:
+    """An image as a method takes it: (1, 3, h, ``width``) float32 in [0, 255], of the shape of (H, W, 3) uint8."""
+    x = image.permute(2, 0, 1)[None].float()
+    if image.shape[1] == width:
+        return x
+    size = (max(1, round(image.shape[0] * width / image.shape[1])), width)
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def read_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -14,7 +15,14 @@ from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers.network import CITYSCAPES_CLASSES, NetworkScorer, RawScores, finite, logit_score, read_checkpoint, ready
 from ros2_ood_seg.scorers.networks.deeplab import upsample_aligned
 from ros2_ood_seg.scorers.networks.deeplab_resnet101 import TRAINING_ONLY, DeepLabResNet101
-from ros2_ood_seg.scorers.statistics import MaxLogitStatistics, find_statistics, read_max_logit_statistics
+from ros2_ood_seg.scorers.statistics import (
+    MaxLogitStatistics,
+    StatisticsSource,
+    find_statistics,
+    read_max_logit_statistics,
+    statistics_path,
+)
+from ros2_ood_seg.weights.store import WeightFile
 
 BOUNDARY_WIDTH = 4
 """Half-width in px of the class boundaries whose scores are replaced, and the number of steps (the release's defaults)."""
@@ -32,14 +40,7 @@ def build(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
     The default score needs the class statistics: ``<weights>.statistics.json``, or the published ``cityscapes_mean.npy`` named by
     ``scorer.statistics`` with ``cityscapes_var.npy`` beside it.
     """
-    weights = read_checkpoint(config, runtime, "sml", ("sml",), unused=TRAINING_ONLY)
-    network = cast("DeepLabResNet101", ready(DeepLabResNet101.like(weights.state), weights, "DeepLabV3+ ResNet-101", runtime))
-
-    def upsampled_logits(image: Tensor) -> Tensor:
-        with runtime.autocast():
-            logits = network(image)
-        return upsample_aligned(finite(logits, config.name), image.shape[-2:])[0]
-
+    network, weights, upsampled_logits = _network(config, runtime)
     if config.score == "default":
         path = find_statistics(config, weights.path, (".json", ".npy"))
         loaded = read_max_logit_statistics(path)
@@ -61,6 +62,30 @@ def build(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
 
     names = CITYSCAPES_CLASSES if network.num_classes == len(CITYSCAPES_CLASSES) else ()
     return NetworkScorer(method, name, weights.path, names, config)
+
+
+def statistics_source(config: ScorerConfig, runtime: Runtime) -> StatisticsSource:
+    """The max logit of each pixel of the upsampled logits, one value a pixel."""
+    network, weights, upsampled_logits = _network(config, runtime)
+
+    def observe(image: Tensor) -> tuple[Tensor, Tensor]:
+        maximum, classes = upsampled_logits(image).flatten(1).max(dim=0)
+        return maximum[None], classes
+
+    return StatisticsSource(observe, network.num_classes, statistics_path(weights.path, ".json"))
+
+
+def _network(config: ScorerConfig, runtime: Runtime) -> tuple[DeepLabResNet101, WeightFile, Callable[[Tensor], Tensor]]:
+    """The network, its weights file, and its (K, h, w) logits of a network input."""
+    weights = read_checkpoint(config, runtime, "sml", ("sml",), unused=TRAINING_ONLY)
+    network = cast("DeepLabResNet101", ready(DeepLabResNet101.like(weights.state), weights, "DeepLabV3+ ResNet-101", runtime))
+
+    def upsampled_logits(image: Tensor) -> Tensor:
+        with runtime.autocast():
+            logits = network(image)
+        return upsample_aligned(finite(logits, config.name), image.shape[-2:])[0]
+
+    return network, weights, upsampled_logits
 
 
 def standardized_max_logit(logits: Tensor, statistics: MaxLogitStatistics) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,6 +46,27 @@ class FeatureStatistics:
     inverse: Tensor
 
 
+@dataclass(frozen=True)
+class StatisticsSource:
+    """Where a scorer's in-distribution statistics come from and go to.
+
+    Args:
+        observe: Takes a network input (1, 3, h, w), see :func:`ros2_ood_seg.scorers.network.network_input`; gives (D, N) float32 values
+            of N pixels and their (N,) predicted classes.
+        num_classes: Classes K of the network.
+        path: The file that the scorer looks for.
+    """
+
+    observe: Callable[[Tensor], tuple[Tensor, Tensor]]
+    num_classes: int
+    path: Path
+
+
+def statistics_path(weights: Path, suffix: str) -> Path:
+    """Where the statistics of a weights file are: ``w.pth`` has ``w.statistics.json`` beside it."""
+    return weights.with_suffix(f".statistics{suffix}")
+
+
 def find_statistics(config: ScorerConfig, weights: Path, suffixes: tuple[str, ...]) -> Path:
     """The file of in-distribution statistics: the one the settings name, or ``<weights>.statistics<suffix>`` beside the weights.
 
@@ -54,13 +75,14 @@ def find_statistics(config: ScorerConfig, weights: Path, suffixes: tuple[str, ..
     """
     if config.statistics:
         return Path(config.statistics)
-    candidates = [weights.with_suffix(f".statistics{suffix}") for suffix in suffixes]
+    candidates = [statistics_path(weights, suffix) for suffix in suffixes]
     for path in candidates:
         if path.is_file():
             return path
     names = " or ".join(path.name for path in candidates)
     raise WeightsError(
-        f"scorer '{config.name}' needs in-distribution statistics: put {names} into {weights.parent}, or set scorer.statistics"
+        f"scorer '{config.name}' needs in-distribution statistics: make them with 'ood-seg calibrate --scorer {config.name} --images DIR', "
+        f"put {names} into {weights.parent}, or set scorer.statistics"
     )
 
 

@@ -1,4 +1,4 @@
-"""Calibration of a scorer on frames in which nothing is anomalous (``ood-seg calibrate``)."""
+"""Calibration of a scorer, and the statistics it needs, on frames in which nothing is anomalous (``ood-seg calibrate``)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ros2_ood_seg.scorers import SCORERS
 from ros2_ood_seg.scorers.base import CalibratedScorer, Scorer
 from ros2_ood_seg.scorers.calibration import write_calibration
 from ros2_ood_seg.scorers.compact import SCORES, CompactScorer, score_of
+from ros2_ood_seg.training.class_statistics import SOURCES, make_statistics
 from ros2_ood_seg.training.outlier_exposure import list_images, read_rgb
 from ros2_ood_seg.types import Calibration
 
@@ -69,6 +70,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--weights", default="", help="weights file or manifest name; empty takes the scorer's own")
     parser.add_argument("--weights-dir", default="", help="folder of further weights")
     parser.add_argument("--input-width", type=int, default=ScorerConfig().input_width, help="width the images are resized to, px")
+    parser.add_argument(
+        "--statistics", action="store_true", help=f"{', '.join(SOURCES)}: compute class statistics even where there are some"
+    )
     parser.add_argument("--max-images", type=int, default=500, metavar="N", help="at most N pictures, evenly spread")
     parser.set_defaults(run=run)
 
@@ -84,6 +88,11 @@ def run(args: argparse.Namespace) -> int:
         config = ScorerConfig(name=args.scorer, score=args.score, weights=args.weights, input_width=args.input_width)
     except ValueError as error:
         raise InputError(f"calibrate: {' '.join(str(error).split())}") from error
+    if args.scorer in SOURCES:
+        statistics = make_statistics(config, runtime, images, args.statistics)
+        print(f"{statistics}: class statistics of {len(images)} frames" if statistics else "class statistics: there are some already")
+    elif args.statistics:
+        raise InputError(f"--statistics is for {' and '.join(SOURCES)}, scorer '{args.scorer}' needs none")
     scorer: CalibratedScorer = SCORERS.get(args.scorer)(config, runtime)
     with torch.inference_mode():
         result = calibrate(scorer, images, runtime.device)

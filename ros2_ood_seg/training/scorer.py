@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import re
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TypeVar, cast
 
 import cv2
 import numpy as np
@@ -17,11 +15,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Dataset
 
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, OUTPUT_STRIDE, CompactNet, CompactOutput
+from ros2_ood_seg.training.loop import TrainingLoop
 from ros2_ood_seg.training.outlier_exposure import (
     IGNORE,
     Cutout,
@@ -40,6 +38,12 @@ from ros2_ood_seg.training.outlier_exposure import (
 )
 from ros2_ood_seg.weights.store import load_into, load_weights, save_weights
 
+MAY_CHANGE = ("iterations", "workers", "checkpoint_minutes", "bfloat16")
+"""Settings that a resumed training of a scorer may change."""
+
+_PANELS = (("total", "positive", "hard", "mean", "semantic", "uniform"), ("val_ap", "val_ap_hybrid", "val_miou"))
+_Sample = TypeVar("_Sample")
+_Batch = TypeVar("_Batch")
 _VOC_NAME = re.compile(r"_200[78]_\d+$")
 _DAVIS_ANIMALS = frozenset({"blackswan", "camel", "cows", "dog", "goat", "libby"})
 
@@ -129,6 +133,11 @@ class ScorerTraining:
     checkpoint_minutes: float = 3.0
     paste: PasteSettings = field(default_factory=PasteSettings)
 
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}, allowed: a number above 0")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -198,7 +207,7 @@ def train_scorer(
         The file with the averaged weights.
 
     Raises:
-        InputError: Unusable data or weights, before training starts.
+        InputError: Unusable data or weights, or a checkpoint of another recipe, before training starts.
     """
     device = device or torch.device("cpu")
     roads, cutouts = data.read(held_out=False)
@@ -216,47 +225,35 @@ def train_scorer(
         weight_decay=1e-4,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(recipe))
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoint = output / "checkpoint.pt"
-    done = 0
-    if checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        for name, part in (("net", net), ("average", average), ("optimizer", optimizer), ("schedule", schedule)):
-            part.load_state_dict(saved[name])
-        done = int(saved["done"])
-    dataset = OutlierExposure(roads, cutouts, recipe.paste, recipe.seed, recipe.iterations * recipe.batch_size)
-    log = _Log(output)
-    last_saved = time.monotonic()
-    sums: dict[str, float] = {}
-    for batch in tqdm(_batches(dataset, recipe, done), total=recipe.iterations, initial=done, desc="train scorer", mininterval=10.0):
+    loop = TrainingLoop(
+        output,
+        recipe,
+        {"net": net, "average": average, "optimizer": optimizer, "schedule": schedule},
+        title="train scorer",
+        panels=_PANELS,
+        may_change=MAY_CHANGE,
+        checkpoint_minutes=recipe.checkpoint_minutes,
+    )
+
+    def step(batch: Batch) -> dict[str, Tensor]:
         image = batch.image.to(device, torch.float32).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
             prediction = net(image, recipe.frozen_blocks)
         terms = scorer_loss(prediction, _to(batch, device), recipe)
-        if not torch.isfinite(terms["total"]):
-            raise InputError(f"the loss is {terms['total'].item()} at iteration {done}: lower the learning rate ({recipe.learning_rate})")
-        optimizer.zero_grad(set_to_none=True)
-        terms["total"].backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(features + head, 5.0)
-        optimizer.step()
+        loop.descend(optimizer, terms["total"], clip_norm=5.0)
         schedule.step()
         average.update_parameters(net)
-        done += 1
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-        if done % 20 == 0:
-            log.write({"iteration": done, **{name: value / 20 for name, value in sums.items()}})
-            sums = {}
-        if done == recipe.iterations or time.monotonic() - last_saved > 60 * recipe.checkpoint_minutes:
-            quality = validate(cast(CompactNet, average.module), validation, device)
-            log.write({"iteration": done, **quality})
-            log.plot()
-            parts = {"net": net, "average": average, "optimizer": optimizer, "schedule": schedule}
-            state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-            _save_checkpoint({**state, "done": done}, checkpoint)
-            metadata = {"class_names": CLASS_NAMES, "recipe": asdict(recipe), "done": done, "validation": quality}
-            save_weights(output / "scorer.safetensors", average.module.state_dict(), metadata, half=False)
-            last_saved = time.monotonic()
+        return terms
+
+    def at_checkpoint() -> dict[str, float]:
+        quality = validate(cast(CompactNet, average.module), validation, device)
+        metadata = {"class_names": CLASS_NAMES, "recipe": asdict(recipe), "done": loop.done, "validation": quality}
+        save_weights(output / "scorer.safetensors", average.module.state_dict(), metadata, half=False)
+        return quality
+
+    dataset = OutlierExposure(roads, cutouts, recipe.paste, recipe.seed, recipe.iterations * recipe.batch_size)
+    remaining = range(loop.done, recipe.iterations)
+    loop.run(batches(dataset, collate, size=recipe.batch_size, iterations=remaining, workers=recipe.workers), step, at_checkpoint)
     return output / "scorer.safetensors"
 
 
@@ -300,43 +297,6 @@ def average_precision(scores: NDArray[np.float32], labels: NDArray[np.bool_]) ->
     return float((np.diff(hits, prepend=0) * hits / (last_of_ties + 1)).sum() / max(1, hits[-1]))
 
 
-class _Log:
-    """Appends to ``log.csv`` and draws ``curve.png``."""
-
-    columns = (
-        *("iteration", "total", "positive", "hard", "mean", "semantic", "uniform"),
-        *("val_ap", "val_ap_hybrid", "val_miou"),
-    )
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "log.csv"
-        if not self.path.is_file():
-            self.path.write_text(",".join(self.columns) + "\n", encoding="utf-8")
-
-    def write(self, values: dict[str, float]) -> None:
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([f"{values[name]:.5g}" if name in values else "" for name in self.columns])
-
-    def plot(self) -> None:
-        from matplotlib.figure import Figure
-
-        with self.path.open(encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        figure = Figure(figsize=(9, 3.2), layout="constrained")
-        axes = figure.subplots(1, 2)
-        for axis, names in ((axes[0], self.columns[1:7]), (axes[1], self.columns[7:])):
-            for name in names:
-                points = [(float(r["iteration"]), float(r[name])) for r in rows if r[name]]
-                if points:
-                    axis.plot(*zip(*points, strict=True), label=name)
-            axis.set_xlabel("iteration")
-            axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend()
-        axes[0].set_yscale("log")
-        figure.savefig(self.path.with_name("curve.png"), dpi=110)
-
-
 def _rate(recipe: ScorerTraining) -> Callable[[int], float]:
     def rate(step: int) -> float:
         if step < recipe.warm_up:
@@ -347,18 +307,32 @@ def _rate(recipe: ScorerTraining) -> Callable[[int], float]:
     return rate
 
 
-def _batches(dataset: OutlierExposure, recipe: ScorerTraining, done: int) -> Iterator[Batch]:
-    remaining = range(done * recipe.batch_size, recipe.iterations * recipe.batch_size)
-    loader: DataLoader[RoadSample] = DataLoader(
+def batches(
+    dataset: Dataset[_Sample],
+    collate_fn: Callable[[list[_Sample]], _Batch],
+    *,
+    size: int,
+    iterations: range,
+    workers: int,
+) -> Iterable[_Batch]:
+    """The batches of some iterations of a training.
+
+    Args:
+        dataset: Sample ``k`` is always the same.
+        collate_fn: Makes a batch of samples.
+        size: Samples in a batch.
+        iterations: Those still to do.
+        workers: Processes that make samples.
+    """
+    return DataLoader(
         dataset,
-        batch_size=recipe.batch_size,
-        sampler=remaining,
-        num_workers=recipe.workers,
-        collate_fn=collate,
+        batch_size=size,
+        sampler=range(iterations.start * size, iterations.stop * size),
+        num_workers=workers,
+        collate_fn=collate_fn,
         worker_init_fn=_one_thread,
-        prefetch_factor=4 if recipe.workers else None,
+        prefetch_factor=4 if workers else None,
     )
-    return iter(loader)
 
 
 def _one_thread(_worker: int) -> None:
@@ -374,12 +348,6 @@ def _validation_batches(data: ScorerData, recipe: ScorerTraining, count: int = 4
 
 def _to(batch: Batch, device: torch.device) -> Batch:
     return Batch(batch.image, batch.semantic.to(device), batch.anomaly.to(device), batch.weight.to(device))
-
-
-def _save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
 
 
 def _is_clean_anomaly(name: str) -> bool:

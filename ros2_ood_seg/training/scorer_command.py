@@ -1,37 +1,51 @@
-"""``ood-seg train scorer``: reads the data, trains, calibrates, and writes weights that the pipeline can use."""
+"""``ood-seg train scorer``: reads the data, trains by one of the methods, calibrates, and writes weights that the pipeline can use."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.runtime import Runtime
+from ros2_ood_seg.scorers import SCORERS
+from ros2_ood_seg.scorers.base import CalibratedScorer
+from ros2_ood_seg.scorers.calibration import write_calibration
 from ros2_ood_seg.scorers.compact import from_weights
 from ros2_ood_seg.scorers.networks.compact import STRIDE
-from ros2_ood_seg.training.calibrate import calibrate_compact
+from ros2_ood_seg.training.calibrate import calibrate, calibrate_compact
 from ros2_ood_seg.training.outlier_exposure import OutlierExposure, PasteSettings, contact_sheet, read_rgb
+from ros2_ood_seg.training.published import METHODS, PublishedTraining, train_published
 from ros2_ood_seg.training.scorer import ScorerData, ScorerTraining, train_scorer
 from ros2_ood_seg.types import Calibration
 from ros2_ood_seg.weights.store import load_weights, save_weights
 
+COMPACT = "compact"
+"""The method of the bundled scorer."""
+
+_OF_COMPACT = ("frozen_blocks",)
+_OF_PUBLISHED = ("outlier_share",)
+_COMMON = ("iterations", "batch_size", "learning_rate", "seed", "workers", "checkpoint_minutes")
+
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds ``scorer`` to the commands of ``ood-seg train``."""
-    recipe = ScorerTraining()
     parser = subparsers.add_parser(
         "scorer",
-        help="train the compact scorer by outlier exposure",
-        description="Trains the compact scorer on road images with pasted objects; run it again to go on from the last checkpoint.",
+        help="train a scorer by outlier exposure",
+        description="Trains a scorer on road images with pasted objects; run it again to go on from the last checkpoint.",
+    )
+    parser.add_argument(
+        "--method",
+        choices=(COMPACT, *METHODS),
+        default=COMPACT,
+        help="the bundled scorer's recipe, a published one, or the segmentation network that those start from (%(default)s)",
     )
     parser.add_argument("--camvid", type=Path, metavar="DIR", help="road images in the CamVid layout")
     parser.add_argument("--idd-lite", type=Path, metavar="DIR", help="road images in the IDD-Lite layout")
@@ -42,15 +56,22 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--coco", type=Path, metavar="DIR", help="objects: images/ and instances.json")
     parser.add_argument("--coco-panoptic", type=Path, metavar="DIR", help="objects: images/, panoptic/ and panoptic.json")
     parser.add_argument("--objects", type=Path, nargs="+", default=[], metavar="DIR", help="objects: images/ and masks/")
-    parser.add_argument("--init", type=Path, help="mobilenet_v2 features or an earlier compact scorer to start from")
+    parser.add_argument("--init", type=Path, help="weights to start from: mobilenet_v2 features, an earlier scorer, a segmentation network")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for checkpoints, log, curve and weights")
     parser.add_argument("--preview", action="store_true", help="only write preview.png with training samples")
     parser.add_argument("--published-pasting", action="store_true", help="one object per 700x700 crop, as S2M was published")
-    parser.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="size of the training crops, multiples of 32")
-    for name in ("iterations", "batch_size", "learning_rate", "frozen_blocks", "seed", "workers", "checkpoint_minutes"):
-        default = getattr(recipe, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="(default: %(default)s)")
+    parser.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="size of the training crops; multiples of 32 for compact")
+    compact, common = ScorerTraining(), "(default: the method's, see docs/training.md)"
+    for name in _COMMON:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(getattr(compact, name)), help=common)
+    parser.add_argument(
+        "--frozen-blocks", type=int, help=f"compact: feature blocks that stay as they are (default: {compact.frozen_blocks})"
+    )
+    parser.add_argument("--outlier-share", type=float, help=f"all but compact: share of samples with pasted outliers {common}")
     parser.add_argument("--bfloat16", action="store_true", help="autocast the forward pass; slower on CPUs without AMX")
+    parser.add_argument(
+        "--calibration-frames", type=int, default=200, metavar="N", help="held-out frames per set for the calibration (%(default)s)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 leaves torch's choice")
     parser.set_defaults(run=run)
@@ -63,36 +84,59 @@ def run(args: argparse.Namespace) -> int:
         InputError: Anything in the arguments or the data that cannot be used.
     """
     data = ScorerData(args.camvid, args.idd_lite, args.cityscapes, tuple(args.roads), args.coco, args.coco_panoptic, tuple(args.objects))
-    paste = PasteSettings.published() if args.published_pasting else PasteSettings()
-    if args.crop:
-        if any(side <= 0 or side % STRIDE for side in args.crop):
-            raise InputError(f"--crop is {args.crop[0]} {args.crop[1]}, allowed: positive multiples of {STRIDE}")
-        paste = replace(paste, crop_hw=tuple(args.crop))
-    recipe = ScorerTraining(
-        iterations=args.iterations,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        frozen_blocks=args.frozen_blocks,
-        bfloat16=args.bfloat16,
-        seed=args.seed,
-        workers=args.workers,
-        checkpoint_minutes=args.checkpoint_minutes,
-        paste=paste,
-    )
-    args.output.mkdir(parents=True, exist_ok=True)
+    recipe = _recipe(args)
+    if args.calibration_frames < 1:
+        raise InputError(f"--calibration-frames is {args.calibration_frames}, allowed: 1 or more")
     if args.preview:
+        args.output.mkdir(parents=True, exist_ok=True)
         roads, cutouts = data.read(held_out=False)
-        dataset = OutlierExposure(roads, cutouts, paste, recipe.seed, 24)
-        sheet = contact_sheet(dataset[k] for k in range(len(dataset)))
+        sheet = contact_sheet(OutlierExposure(roads, cutouts, recipe.paste, recipe.seed, 24)[k] for k in range(24))
         cv2.imwrite(str(args.output / "preview.png"), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
         print(args.output / "preview.png")
         return 0
     runtime = Runtime.from_config(RuntimeConfig(device=args.device, precision="float32", threads=args.threads))
-    trained = train_scorer(data, recipe, args.output, args.init, runtime.device)
-    released = args.output / "compact_scorer.safetensors"
-    release(trained, data, released, {"start": args.init.name if args.init else "random"})
+    if isinstance(recipe, PublishedTraining):
+        released = train_published(data, recipe, args.output, args.init, runtime.device)
+        calibrate_published(released, data, args.calibration_frames, runtime)
+    else:
+        trained = train_scorer(data, recipe, args.output, args.init, runtime.device)
+        released = args.output / "compact_scorer.safetensors"
+        release(trained, data, released, {"start": args.init.name if args.init else "random"}, args.calibration_frames)
     print(released)
     return 0
+
+
+def _recipe(args: argparse.Namespace) -> ScorerTraining | PublishedTraining:
+    """The method's recipe with what the arguments change."""
+    foreign = _OF_PUBLISHED if args.method == COMPACT else _OF_COMPACT
+    for name in foreign:
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} is no setting of method '{args.method}': leave it out")
+    recipe = ScorerTraining() if args.method == COMPACT else METHODS[args.method].recipe
+    paste = PasteSettings.published() if args.published_pasting else recipe.paste
+    if args.crop:
+        step = STRIDE if args.method == COMPACT else 1
+        if any(side < STRIDE or side % step for side in args.crop):
+            allowed = f"positive multiples of {STRIDE}" if step > 1 else f"{STRIDE} or more"
+            raise InputError(f"--crop is {args.crop[0]} {args.crop[1]}, allowed: {allowed}")
+        paste = replace(paste, crop_hw=tuple(args.crop))
+    given = {name: getattr(args, name) for name in (*_COMMON, *_OF_COMPACT, *_OF_PUBLISHED) if getattr(args, name) is not None}
+    return replace(recipe, **given, bfloat16=args.bfloat16, paste=paste)
+
+
+def calibrate_published(weights: Path, data: ScorerData, max_frames_per_source: int, runtime: Runtime) -> None:
+    """Calibrates a published scorer with new weights on held-out in-distribution frames; the calibration lies beside the weights.
+
+    Args:
+        weights: What :func:`train_published` wrote, named after the scorer.
+        data: What it was trained from; the held-out side is used.
+        max_frames_per_source: Frames per set of road images, evenly spread.
+        runtime: Where to run.
+    """
+    scorer: CalibratedScorer = SCORERS.get(weights.stem)(ScorerConfig(name=weights.stem, weights=str(weights)), runtime)
+    with torch.inference_mode():
+        calibration = calibrate(scorer, _held_out_frames(data, max_frames_per_source), runtime.device)
+    write_calibration(scorer.weights_path, scorer.calibration_key, calibration)
 
 
 def release(trained: Path, data: ScorerData, path: Path, provenance: dict[str, str], max_frames_per_source: int = 200) -> None:
@@ -111,7 +155,8 @@ def release(trained: Path, data: ScorerData, path: Path, provenance: dict[str, s
     weights = load_weights(trained)
     scorer = from_weights(weights, ScorerConfig(score="outlier"), Runtime(torch.device("cpu")), Calibration.linear())
     with torch.inference_mode():
-        calibrations = calibrate_compact(scorer, _held_out_frames(data, max_frames_per_source))
+        frames = tqdm(_held_out_frames(data, max_frames_per_source), desc="calibrate", mininterval=5.0)
+        calibrations = calibrate_compact(scorer, (read_rgb(path) for path in frames))
     metadata = {
         **weights.metadata,
         **provenance,
@@ -121,9 +166,10 @@ def release(trained: Path, data: ScorerData, path: Path, provenance: dict[str, s
     save_weights(path, weights.state, metadata, half=True)
 
 
-def _held_out_frames(data: ScorerData, max_frames_per_source: int) -> Iterator[NDArray[np.uint8]]:
+def _held_out_frames(data: ScorerData, max_frames_per_source: int) -> list[Path]:
     roads, _ = data.read(held_out=True)
+    chosen = []
     for source in roads:
-        chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), max_frames_per_source)).astype(int))
-        for k in tqdm(chosen, desc=f"calibrate on {source[0].image.parent}", mininterval=5.0):
-            yield read_rgb(source[k].image)
+        picked = np.unique(np.linspace(0, len(source) - 1, min(len(source), max_frames_per_source)).astype(int))
+        chosen += [source[k].image for k in picked]
+    return chosen

@@ -44,10 +44,10 @@ class DeepLabMobileNetV2(AnomalyDeepLab):
         self._add_decoder(_FINE_CHANNELS, _DEEP_CHANNELS, WIDTH, WIDTH // 4, _RATES)
 
     @classmethod
-    def like(cls, state: Mapping[str, Tensor]) -> DeepLabMobileNetV2:
-        """An untrained network of the same outputs and parts as a state dict, on the meta device."""
+    def like(cls, state: Mapping[str, Tensor], **changed: int | bool) -> DeepLabMobileNetV2:
+        """An untrained network of the same outputs and parts as a state dict but for what changed, on the meta device."""
         with torch.device("meta"):
-            return cls(**outputs_and_parts(state))
+            return cls(**{**outputs_and_parts(state), **changed})
 
     def load_imagenet_features(self, weights: WeightFile) -> None:
         """Starts the trunk from a state dict of torchvision's ``mobilenet_v2().features``.

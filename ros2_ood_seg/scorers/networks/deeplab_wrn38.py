@@ -63,11 +63,11 @@ class DeepLabWideResNet38(AnomalyDeepLab):
         self._add_decoder(2 * stem, channels, 4 * stem, 48 * stem // _STEM, _RATES)
 
     @classmethod
-    def like(cls, state: Mapping[str, Tensor]) -> DeepLabWideResNet38:
-        """An untrained network of the same outputs, parts, width and depth as a state dict, on the meta device."""
+    def like(cls, state: Mapping[str, Tensor], **changed: int | bool) -> DeepLabWideResNet38:
+        """An untrained network of the same outputs, parts, width and depth as a state dict but for what changed, on the meta device."""
         structure = [len({key.split(".")[1] for key in state if key.startswith(f"mod{index}.")}) for index in range(2, 8)]
         with torch.device("meta"):
-            return cls(**outputs_and_parts(state), stem=int(state["mod1.conv1.weight"].shape[0]), structure=structure)
+            return cls(**{**outputs_and_parts(state), **changed}, stem=int(state["mod1.conv1.weight"].shape[0]), structure=structure)
 
     def trunk(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`AnomalyDeepLab.trunk`; (B, 128, h/2, w/2) and (B, 4096, h/8, w/8) at full width."""

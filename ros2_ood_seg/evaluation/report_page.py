@@ -25,37 +25,45 @@ details{margin:.5em 0} pre{overflow:auto;background:#f6f8fa;padding:.8em;font-si
 """
 
 
-def report_html(report: dict[str, Any], picture: Callable[[str], bytes]) -> str:
+def report_html(report: dict[str, Any], picture: Callable[[str], bytes], more: Sequence[str] = ()) -> str:
     """The report as one self-contained page.
 
     Args:
         report: As :func:`~ros2_ood_seg.evaluation.report.build_report` gives it.
         picture: JPEG of a frame by name.
+        more: HTML of further sections, to follow the summary.
     """
     title = f"{report['profile']} on {report['dataset']}"
     ranked = sorted((image for image in report["per_image"] if image["anomalous_px"]), key=lambda image: float(image["f1"]))
     worst = ranked[: min(PICTURES, len(ranked) // 2 or 1)]
     best = [image for image in ranked[::-1][:PICTURES] if image not in worst]
     sections = [
-        f"<h1>{html.escape(title)}</h1><small>{report['images']} images · {html.escape(_machine(report))}</small>",
         "<h2>Summary</h2>" + _summary(report),
-        "<h2>Curves</h2><div class=row>" + _figure(_precision_recall(report)) + _figure(_iou(report)) + "</div>",
+        *more,
+        "<h2>Curves</h2><div class=row>" + embedded(_precision_recall(report)) + embedded(_iou(report)) + "</div>",
         "<h2>Worst frames</h2>" + _frames(worst, picture),
         "<h2>Best frames</h2>" + _frames(best, picture),
         "<small>White: outline of the labelled anomalies. Coloured: predicted instances with rank and score.</small>",
         "<h2>Found, missed, invented</h2><div class=row>"
-        + _figure(_sizes(report))
-        + _figure(_bands(report))
+        + embedded(_sizes(report))
+        + embedded(_bands(report))
         + "</div>"
         + _size_table(report),
-        "<h2>Scores and time</h2><div class=row>" + _figure(_reliability(report)) + _figure(_timings(report)) + "</div>",
+        "<h2>Scores and time</h2><div class=row>" + embedded(_reliability(report)) + embedded(_timings(report)) + "</div>",
         "<h2>How it was measured</h2>" + _rules(report),
     ]
+    return page(title, report, sections)
+
+
+def page(title: str, report: dict[str, Any], sections: Sequence[str]) -> str:
+    """A self-contained page: headline, what was measured on which machine, and sections of HTML."""
     head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en>{head}{''.join(sections)}</html>\n"
+    top = f"<h1>{html.escape(title)}</h1><small>{report['images']} images · {html.escape(_machine(report))}</small>"
+    return f"<!doctype html><html lang=en>{head}{top}{''.join(sections)}</html>\n"
 
 
-def _number(value: float | None, digits: int = 4) -> str:
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure for people."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
@@ -64,7 +72,7 @@ def _machine(report: dict[str, Any]) -> str:
     return f"{hardware.get('gpu') or hardware['machine']}, {hardware['cpus']} CPUs, ros2_ood_seg {report['versions']['ros2_ood_seg']}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 1) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 1) -> str:
     """A table whose columns from ``numbers`` on are right-aligned."""
 
     def cells(row: Sequence[str], tag: str) -> str:
@@ -78,20 +86,20 @@ def _summary(report: dict[str, Any]) -> str:
     rule = report["rules"]["fpr95_rule"]
     pixel_head = ("per pixel", "AP", f"FPR95 ({rule})", "≥ 0.95", "> 0.95", "closest", "AuROC", "best F1")
     keys = ("ap", "fpr95", "fpr95_ge", "fpr95_gt", "fpr95_closest", "auroc", "best_f1")
-    pixel_rows = [(name, *(_number(report[group][key]) for key in keys)) for name, group in (("scorer", "pixel"), ("refined", "refined"))]
+    pixel_rows = [(name, *(number(report[group][key]) for key in keys)) for name, group in (("scorer", "pixel"), ("refined", "refined"))]
     mask_rows = [
-        (name, *(_number(report[group][key]) for key in ("iou", "iou_best", "threshold", "auiou", "mean_f1")))
+        (name, *(number(report[group][key]) for key in ("iou", "iou_best", "threshold", "auiou", "mean_f1")))
         for name, group in (("scorer's own map", "baseline"), ("masks", "s2m"), ("masks, ignored pixels counted", "s2m_code"))
     ]
     object_rows = [
-        ("components of the refined map", *(_number(report["component"][key]) for key in ("siou", "ppv", "f1")), "–", "–"),
-        ("components of the masks", *(_number(report["component_masks"][key]) for key in ("siou", "ppv", "f1")), "–", "–"),
-        ("instances", "–", "–", "–", _number(report["instance"]["ap"]), _number(report["instance"]["ap50"])),
+        ("components of the refined map", *(number(report["component"][key]) for key in ("siou", "ppv", "f1")), "–", "–"),
+        ("components of the masks", *(number(report["component_masks"][key]) for key in ("siou", "ppv", "f1")), "–", "–"),
+        ("instances", "–", "–", "–", number(report["instance"]["ap"]), number(report["instance"]["ap50"])),
     ]
     return (
-        _table(pixel_head, pixel_rows)
-        + _table(("per image", "IoU, no threshold", "best IoU", "at", "AuIoU", "mean F1"), mask_rows)
-        + _table(("per object", "sIoU", "PPV", "F1*", "AP", "AP50"), object_rows)
+        table(pixel_head, pixel_rows)
+        + table(("per image", "IoU, no threshold", "best IoU", "at", "AuIoU", "mean F1"), mask_rows)
+        + table(("per object", "sIoU", "PPV", "F1*", "AP", "AP50"), object_rows)
     )
 
 
@@ -129,13 +137,15 @@ def _frames(images: Sequence[dict[str, Any]], picture: Callable[[str], bytes]) -
     return f"<div class=row>{''.join(parts)}</div>"
 
 
-def _figure(figure: Figure) -> str:
+def embedded(figure: Figure) -> str:
+    """A plot as HTML."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return f'<figure><img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt=""></figure>'
 
 
-def _axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Any]:
+def new_axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Any]:
+    """A plot to draw into, and its axes."""
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=11)
@@ -147,10 +157,10 @@ def _axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Any]:
 
 
 def _precision_recall(report: dict[str, Any]) -> Figure:
-    figure, axes = _axes("Precision over recall, pooled pixels", "recall", "precision")
+    figure, axes = new_axes("Precision over recall, pooled pixels", "recall", "precision")
     for kind, group, color in (("score", "pixel", GREY), ("refined", "refined", BLUE)):
         curve = report["curves"]["precision_recall"][kind]
-        label = f"{'scorer' if kind == 'score' else 'refined'}, AP {_number(report[group]['ap'], 3)}"
+        label = f"{'scorer' if kind == 'score' else 'refined'}, AP {number(report[group]['ap'], 3)}"
         axes.step(curve["recall"], curve["precision"], where="pre", color=color, label=label)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     axes.legend()
@@ -158,13 +168,11 @@ def _precision_recall(report: dict[str, Any]) -> Figure:
 
 
 def _iou(report: dict[str, Any]) -> Figure:
-    figure, axes = _axes("IoU over the threshold, mean over images", "threshold (scorer: scaled by its range)", "IoU")
+    figure, axes = new_axes("IoU over the threshold, mean over images", "threshold (scorer: scaled by its range)", "IoU")
     curves = report["curves"]
     for group, name, color in (("baseline", "scorer", GREY), ("s2m", "masks", BLUE)):
         if curves["iou"][group] is not None:
-            axes.plot(
-                curves["thresholds"], curves["iou"][group], color=color, label=f"{name}, best {_number(report[group]['iou_best'], 3)}"
-            )
+            axes.plot(curves["thresholds"], curves["iou"][group], color=color, label=f"{name}, best {number(report[group]['iou_best'], 3)}")
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.legend()
     return figure
@@ -182,7 +190,7 @@ def _range(low: float | None, high: float | None, percent: bool = False) -> str:
 
 
 def _sizes(report: dict[str, Any]) -> Figure:
-    figure, axes = _axes("Objects by size", "area, px", "objects")
+    figure, axes = new_axes("Objects by size", "area, px", "objects")
     rows, alarms = report["sizes"], report["false_alarms"]
     places = range(len(rows))
     found = [row["found"] for row in rows]
@@ -195,7 +203,7 @@ def _sizes(report: dict[str, Any]) -> Figure:
 
 
 def _bands(report: dict[str, Any]) -> Figure:
-    figure, axes = _axes("Recall by where the object ends in the image", "lower edge, % of image height (lower is nearer)", "recall")
+    figure, axes = new_axes("Recall by where the object ends in the image", "lower edge, % of image height (lower is nearer)", "recall")
     rows = report["bands"]
     axes.bar(range(len(rows)), [row["recall"] or 0.0 for row in rows], 0.6, color=BLUE)
     for k, row in enumerate(rows):
@@ -211,18 +219,18 @@ def _size_table(report: dict[str, Any]) -> str:
             _range(row["from"], row["to"]),
             str(row["truth"]),
             str(row["found"]),
-            _number(row["recall"], 3),
-            _number(row["box_recall"], 3),
-            _number(row["mean_iou"], 3),
+            number(row["recall"], 3),
+            number(row["box_recall"], 3),
+            number(row["mean_iou"], 3),
             f"{alarm['count']} ({alarm['per_image']:.2f})",
         )
         for row, alarm in zip(report["sizes"], report["false_alarms"], strict=True)
     ]
-    return _table(("area, px", "objects", "found", "recall", "box prompt recall", "mean IoU", "invented (per image)"), rows)
+    return table(("area, px", "objects", "found", "recall", "box prompt recall", "mean IoU", "invented (per image)"), rows)
 
 
 def _reliability(report: dict[str, Any]) -> Figure:
-    figure, axes = _axes("How often instances of a score are right", "score", "share with IoU > 0.5")
+    figure, axes = new_axes("How often instances of a score are right", "score", "share with IoU > 0.5")
     rows = [row for row in report["reliability"] if row["instances"]]
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
     axes.bar([(row["from"] + row["to"]) / 2 for row in rows], [row["right"] for row in rows], 0.09, color=BLUE)
@@ -233,7 +241,7 @@ def _reliability(report: dict[str, Any]) -> Figure:
 
 
 def _timings(report: dict[str, Any]) -> Figure:
-    figure, axes = _axes("Time per image", "ms", "")
+    figure, axes = new_axes("Time per image", "ms", "")
     stages = list(report["timings_ms"])[::-1]
     values = [report["timings_ms"][stage] for stage in stages]
     axes.barh(stages, [value["p95"] for value in values], color="#cfe2ff", label="95th percentile")

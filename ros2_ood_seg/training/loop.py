@@ -72,9 +72,10 @@ class CsvLog:
             writer.writerows(kept)
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Adds a row; columns without a value stay empty."""
+        """Adds a row; columns without a finite value stay empty."""
+        known = {name: f"{value:.5g}" for name, value in values.items() if math.isfinite(value)}
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([iteration, *(f"{values[name]:.5g}" if name in values else "" for name in self._columns[1:])])
+            csv.writer(file).writerow([iteration, *(known.get(name, "") for name in self._columns[1:])])
 
     def rows(self) -> list[dict[str, str]]:
         """All rows by column name."""
@@ -166,7 +167,7 @@ class TrainingLoop:
         total = self._recipe.iterations
         progress = tqdm(batches, total=total, initial=self.done, desc=self._title, mininterval=10.0, disable=not self._writes)
         for batch in progress:
-            self._recent.append({name: float(value) for name, value in step(batch).items()})
+            self._recent.append({name: float(value.detach()) for name, value in step(batch).items()})
             self.done += 1
             if self.done % LOG_EVERY == 0:
                 progress.set_postfix(loss=f"{self._log_recent():.3f}", refresh=False)

@@ -7,10 +7,8 @@ The published recipe is the preset ``s2m``; ``compact`` is ours for the small de
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,18 +22,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_iou
-from tqdm import tqdm
 
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.prompts.networks.rcnn import InputMode, MapInput, compact_rcnn, s2m_rcnn
+from ros2_ood_seg.training.loop import TrainingLoop
 from ros2_ood_seg.training.score_maps import LabelledMap, ScoreMaps
 from ros2_ood_seg.types import Calibration
 from ros2_ood_seg.weights.store import WeightFile, load_into, load_weights, save_weights
 
 SIZE_BINS_PX = (0.0, 16.0, 32.0, 96.0, float("inf"))
 """Bounds of the square root of a box's area by which recall is reported, px of the map."""
-_CHECKPOINT = "last.pt"
-_FREE_TO_CHANGE = frozenset({"iterations", "steps", "checkpoint_every", "workers", "amp"})
+_MAY_CHANGE = ("iterations", "steps", "checkpoint_every", "workers", "amp")
+_LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+_RECALLS = ("recall", *(f"recall_from_{low:g}px" for low in SIZE_BINS_PX[:-1]))
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ def train_prompt_generator(
     Args:
         maps: Score maps and boxes; the last ``recipe.held_out`` only measure.
         recipe: Everything else.
-        output: Folder for ``last.pt``, ``log.csv`` and the final ``prompt_generator.safetensors``.
+        output: Folder for ``last.pt``, ``log.csv``, ``curve.png`` and the final ``prompt_generator.safetensors``.
         device: Where to train; CPU when None.
         init: Prompt generator weights or, for ``s2m``, ImageNet weights of torchvision's ResNet-50 to start from.
         extra_metadata: Stored beside the weights.
@@ -256,25 +255,27 @@ def train_prompt_generator(
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )
-    done = _resume(output / _CHECKPOINT, network, optimizer, recipe, device)
-    parallel: nn.Module = network
+    loop = TrainingLoop(
+        output,
+        recipe,
+        {"network": network, "optimizer": optimizer},
+        title="prompt generator",
+        panels=(_LOSSES, _RECALLS, ("boxes_per_map",)),
+        may_change=_MAY_CHANGE,
+        checkpoint_every=recipe.checkpoint_every,
+        checkpoint_name="last.pt",
+        writes=rank == 0,
+    )
     with _process_group(world, device):
+        parallel: nn.Module = network
         if world > 1:
             parallel = nn.parallel.DistributedDataParallel(network, [device.index] if device.type == "cuda" else None)
-        loader = DataLoader(Batches(training, recipe, done, rank), batch_size=None, num_workers=recipe.workers)
-        progress = tqdm(loader, total=recipe.iterations, initial=done, desc="prompt generator", mininterval=10, disable=rank > 0)
-        started = time.monotonic()
-        for images, targets in progress:
-            losses = _step(parallel, optimizer, images, targets, recipe, done, rank, device)
-            done += 1
-            if done % 20 == 0 and rank == 0:
-                progress.set_postfix(loss=f"{sum(losses.values()):.3f}")
-                row = {"iteration": done, "seconds": time.monotonic() - started, "learning_rate": optimizer.param_groups[0]["lr"]}
-                _log(output / "log.csv", {**row, **losses})
-            if (done % recipe.checkpoint_every == 0 or done == recipe.iterations) and rank == 0:
-                _save_checkpoint(output / _CHECKPOINT, network, optimizer, recipe, done)
-                if len(measured):
-                    _log(output / "recall.csv", {"iteration": done, **recall_by_size(network, measured, recipe, device)})
+        loader = DataLoader(Batches(training, recipe, loop.done, rank), batch_size=None, num_workers=recipe.workers)
+        loop.run(
+            loader,
+            lambda batch: _step(parallel, optimizer, batch, loop, recipe, rank, device),
+            lambda: recall_by_size(network, measured, recipe, device) if len(measured) else {},
+        )
     path = output / "prompt_generator.safetensors"
     if rank == 0:
         metadata = {"network": recipe.network, "map_input": map_input.to_dict(), "input_width": recipe.input_width}
@@ -355,29 +356,22 @@ def contact_sheet(maps: ScoreMaps, recipe: PromptTraining, count: int = 16, colu
 def _step(
     network: nn.Module,
     optimizer: torch.optim.SGD,
-    images: Sequence[Tensor],
-    targets: Sequence[dict[str, Tensor]],
+    batch: tuple[list[Tensor], list[dict[str, Tensor]]],
+    loop: TrainingLoop,
     recipe: PromptTraining,
-    iteration: int,
     rank: int,
     device: torch.device,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     # The detector samples anchors and proposals from torch's generator.
-    torch.manual_seed(hash((recipe.seed, iteration, rank)) % 2**63)
+    torch.manual_seed(hash((recipe.seed, loop.done, rank)) % 2**63)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, iteration)
+        group["lr"] = learning_rate(recipe, loop.done)
     network.train()
+    images, targets = batch
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
         losses = network([image.to(device) for image in images], [{k: v.to(device) for k, v in t.items()} for t in targets])
-    total = sum(losses.values(), torch.zeros((), device=device))
-    if not torch.isfinite(total):
-        raise InputError(f"the loss is {total.item()} at iteration {iteration}: lower the learning rate ({recipe.learning_rate})")
-    optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    if recipe.clip_norm:
-        nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
-    optimizer.step()
-    return {name: float(value.detach()) for name, value in losses.items()}
+    loop.descend(optimizer, sum(losses.values(), torch.zeros((), device=device)), recipe.clip_norm)
+    return cast("dict[str, Tensor]", losses)
 
 
 def _cropped(scores: Tensor, boxes: Tensor, crop_hw: tuple[int, int], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -408,38 +402,6 @@ def _dimming(shape_hw: tuple[int, ...], rng: np.random.Generator) -> Tensor:
 
 def _log_uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
     return float(np.exp(rng.uniform(np.log(bounds[0]), np.log(bounds[1]))))
-
-
-def _resume(path: Path, network: nn.Module, optimizer: torch.optim.SGD, recipe: PromptTraining, device: torch.device) -> int:
-    if not path.is_file():
-        return 0
-    saved = torch.load(path, map_location=device, weights_only=True)
-    changed = [
-        f"{key} {saved['recipe'].get(key)} instead of {value}"
-        for key, value in asdict(recipe).items()
-        if key not in _FREE_TO_CHANGE and saved["recipe"].get(key) != value
-    ]
-    if changed:
-        raise InputError(f"checkpoint '{path}' is of another recipe ({'; '.join(changed)}): choose another output folder")
-    network.load_state_dict(saved["network"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return int(saved["iteration"])
-
-
-def _save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.SGD, recipe: PromptTraining, done: int) -> None:
-    partial = path.with_suffix(".partial")
-    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "recipe": asdict(recipe), "iteration": done}
-    torch.save(state, partial)
-    partial.replace(path)
-
-
-def _log(path: Path, values: dict[str, float]) -> None:
-    new = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(values)
-        writer.writerow([f"{value:.6g}" for value in values.values()])
 
 
 @contextlib.contextmanager

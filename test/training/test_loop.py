@@ -160,5 +160,5 @@ def test_further_processes_write_nothing(tmp_path: Path) -> None:
 def test_log_of_other_columns_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("iteration,seconds,total\n20,1.5,0.25\n40,3,0.125\n")
     log = CsvLog(tmp_path / "log.csv", ("total", "recall"), 20)
-    log.write(123_456, {"recall": 0.5})
+    log.write(123_456, {"recall": 0.5, "total": float("nan")})
     assert (tmp_path / "log.csv").read_text().split() == ["iteration,total,recall", "20,0.25,", "123456,,0.5"]

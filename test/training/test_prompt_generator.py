@@ -84,7 +84,7 @@ def test_a_minute_of_training_finds_boxes_that_fit(trained: Path) -> None:
 def test_run_leaves_logs_and_a_described_weights_file(trained: Path) -> None:
     with (trained.parent / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [int(r["iteration"]) for r in rows] == [20, 40]
+    assert [int(r["iteration"]) for r in rows] == [20, 40, 50]
     assert all(np.isfinite(float(value)) for row in rows for value in row.values() if value)
     metadata = load_weights(trained).metadata
     assert metadata["network"] == "compact"
@@ -92,7 +92,9 @@ def test_run_leaves_logs_and_a_described_weights_file(trained: Path) -> None:
     assert metadata["input_width"] == 128
     assert metadata["recipe"]["seed"] == 0
     assert metadata["scorer"] == "synthetic"
-    assert (trained.parent / "recall.csv").read_text().startswith("iteration,recall,boxes_per_map,recall_from_0px")
+    assert [row["recall"] != "" for row in rows] == [False, False, True]
+    assert 0 <= float(rows[-1]["recall_from_16px"]) <= 1
+    assert (trained.parent / "curve.png").stat().st_size > 1000
 
 
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class ClassMoments:
             self._origin = values.mean(dim=1, keepdim=True)
             self._sum = values.new_zeros((labels, features))
             self._outer = values.new_zeros((labels, features, features))
-        for label in classes.unique().tolist():
+        for label in torch.bincount(classes).nonzero()[:, 0].tolist():
             centred = values[:, classes == label] - self._origin
             self.count[label] += centred.shape[1]
             self._sum[label] += centred.sum(dim=1)

@@ -351,7 +351,7 @@ def validate(network: AnomalyDeepLab, method: Method, validation: Sequence[Expos
 def _miou(predicted: Tensor, label: Tensor) -> float:
     ious = [
         ((predicted == c) & (label == c)).sum() / ((predicted == c) | (label == c)).sum()
-        for c in torch.cat([predicted, label]).unique().tolist()
+        for c in torch.bincount(torch.cat([predicted, label])).nonzero()[:, 0].tolist()
     ]
     return float(torch.stack(ious).mean())
 

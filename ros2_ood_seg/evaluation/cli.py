@@ -16,7 +16,8 @@ from ros2_ood_seg.config import PipelineConfig, load_profile
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component, pixel
 from ros2_ood_seg.evaluation.bags import BagReader
-from ros2_ood_seg.evaluation.compare import comparison, counts_path
+from ros2_ood_seg.evaluation.compare import comparison
+from ros2_ood_seg.evaluation.counts import counts_path
 from ros2_ood_seg.evaluation.datasets import COMPONENT_RULE, LAYOUTS, labelled_image, open_dataset
 from ros2_ood_seg.evaluation.evaluate import Evaluation, Options, dataset_stamp, load_frames
 from ros2_ood_seg.evaluation.report_page import report_html

@@ -1,24 +1,17 @@
-"""Comparing evaluations: differences between reports, with bootstrap intervals over images.
-
-Beside ``report.json`` lies ``report.images.npz``, the counts of every image from which all figures can be computed again for any
-resampling of the images. Pixel AP comes from histograms at 256 thresholds and so differs from the report's in the third digit.
-"""
+"""Comparing evaluations: differences between reports, with bootstrap intervals over images."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.evaluation import component, instance, s2m
-from ros2_ood_seg.evaluation.pixel import PixelCurve, ScoreCounts
+from ros2_ood_seg.evaluation.counts import ImageCounts, counts_path
 
 METRICS = (
     "pixel.ap",
@@ -38,114 +31,6 @@ METRICS = (
     "timings_ms.total.p50",
 )
 """What ``ood-seg compare`` shows."""
-
-
-@dataclass(frozen=True)
-class ImageCounts:
-    """Counts of N images.
-
-    Args:
-        names: (N,) str.
-        score: (N, 2, B) int64, normal and anomalous pixels of the score map in each of B score ranges, ascending.
-        refined: The same of the refined map.
-        masks: (N, 3, 101) int64 hits, extra and positive pixels (:class:`~ros2_ood_seg.evaluation.s2m.MaskSweep`).
-        baseline: The same of the scorer's own map.
-        components: (N, 3, 11) int64 true positives, false negatives, false positives; N = 0 without them.
-        instance_image: (E,) int64, which image a decision is of.
-        instance_overlap: (E,) int64, at which of the ten overlaps.
-        instance_right: (E,) bool.
-        instance_score: (E,) float64.
-        missed: (N, 10) int64 instances without a prediction.
-    """
-
-    names: NDArray[np.str_]
-    score: NDArray[np.int64]
-    refined: NDArray[np.int64]
-    masks: NDArray[np.int64]
-    baseline: NDArray[np.int64]
-    components: NDArray[np.int64]
-    instance_image: NDArray[np.int64]
-    instance_overlap: NDArray[np.int64]
-    instance_right: NDArray[np.bool_]
-    instance_score: NDArray[np.float64]
-    missed: NDArray[np.int64]
-
-    def save(self, path: Path) -> None:
-        """Writes an npz file."""
-        np.savez_compressed(path, allow_pickle=False, **{field.name: getattr(self, field.name) for field in fields(self)})
-
-    @classmethod
-    def load(cls, path: Path) -> ImageCounts:
-        """Reads what :meth:`save` wrote.
-
-        Raises:
-            InputError: Missing or of another layout.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                return cls(**{field.name: data[field.name] for field in fields(cls)})
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"'{path}' cannot be read as image counts of an evaluation: {error}") from error
-
-    @cached_property
-    def _curves(self) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        """IoU and F1 of each image at each threshold."""
-        groups = {"s2m": self.masks, "baseline": self.baseline}
-        return {key: s2m.per_image([s2m.MaskSweep(row[0], row[1], int(row[2, 0])) for row in rows]) for key, rows in groups.items()}
-
-    def figures(self, weights: NDArray[np.int64]) -> dict[str, float]:
-        """The figures when each image counts ``weights`` times; those that have no value are left out.
-
-        Args:
-            weights: (N,) int64, not all 0.
-        """
-        found: dict[str, float | None] = {
-            "pixel.ap": _average_precision(self.score, weights),
-            "refined.ap": _average_precision(self.refined, weights),
-        }
-        for key, (iou, f1) in self._curves.items():
-            scores = s2m.from_curves(np.average(iou, axis=0, weights=weights), np.average(f1, axis=0, weights=weights))
-            found |= {f"{key}.{name}": getattr(scores, name) for name in ("iou", "iou_best", "auiou", "mean_f1")}
-        if len(self.components):
-            found["component.f1"] = component.f1_star(np.tensordot(weights, self.components, 1))
-        aps = []
-        for k in range(len(instance.OVERLAPS)):
-            chosen = self.instance_overlap == k
-            times = weights[self.instance_image[chosen]]
-            scores_k, right = np.repeat(self.instance_score[chosen], times), np.repeat(self.instance_right[chosen], times)
-            aps.append(instance.average_precision(scores_k[right], scores_k[~right], int(weights @ self.missed[:, k])))
-        known = [ap for ap in aps if ap is not None]
-        found |= {"instance.ap": float(np.mean(known)) if known else None, "instance.ap50": aps[0]}
-        return {key: value for key, value in found.items() if value is not None}
-
-
-def histogram(curve: PixelCurve, parts: Iterable[tuple[ScoreCounts, ScoreCounts]], bins: int = 256) -> NDArray[np.int64]:
-    """Pixels of each image between thresholds of the pooled curve that are evenly spaced in recall; (N, 2, B) int64.
-
-    Args:
-        curve: Pooled.
-        parts: Scores of the anomalous and of the normal pixels of each image.
-        bins: Most thresholds.
-    """
-    edges = np.nextafter(curve.thinned(bins).thresholds[::-1], np.float32(-np.inf)).astype(np.float64)
-    rows = []
-    for positives, negatives in parts:
-        above = np.array([np.concatenate([[part.total], part.above(edges), [0]]) for part in (negatives, positives)])
-        rows.append(-np.diff(above, axis=1))
-    return np.array(rows)
-
-
-def _average_precision(counts: NDArray[np.int64], weights: NDArray[np.int64]) -> float | None:
-    negatives, positives = np.tensordot(weights, counts, 1)[:, ::-1]
-    hits, alarms = np.cumsum(positives), np.cumsum(negatives)
-    if not hits[-1]:
-        return None
-    return float(np.dot(positives, hits / np.maximum(hits + alarms, 1)) / hits[-1])
-
-
-def counts_path(report: Path) -> Path:
-    """Where the image counts of a report lie."""
-    return report.with_suffix(".images.npz")
 
 
 @dataclass(frozen=True)

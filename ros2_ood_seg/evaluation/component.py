@@ -96,7 +96,7 @@ class ComponentScores:
 
 
 def counts_at_taus(image: ComponentMatch) -> NDArray[np.int64]:
-    """(3, 11) int64: true positives, false negatives and false positives of one image at each threshold."""
+    """(3, 11) int64: true positives, false negatives and false positives at each threshold."""
     return np.array(
         [
             [np.count_nonzero(image.siou >= tau) for tau in TAUS],
@@ -109,10 +109,16 @@ def counts_at_taus(image: ComponentMatch) -> NDArray[np.int64]:
 def summarise(images: Iterable[ComponentMatch]) -> ComponentScores:
     """Sums over images, then averages over thresholds."""
     kept = list(images)
-    siou = np.concatenate([m.siou for m in kept]) if kept else np.zeros(0)
-    ppv = np.concatenate([m.ppv for m in kept]) if kept else np.zeros(0)
-    counts = np.sum([counts_at_taus(m) for m in kept], axis=0) if kept else np.zeros((3, TAUS.size))
-    return ComponentScores(float(siou.mean()) if siou.size else None, float(ppv.mean()) if ppv.size else None, f1_star(counts))
+    siou = np.concatenate([np.zeros(0), *(m.siou for m in kept)])
+    ppv = np.concatenate([np.zeros(0), *(m.ppv for m in kept)])
+    return scores_of(ComponentMatch(siou, ppv))
+
+
+def scores_of(pooled: ComponentMatch) -> ComponentScores:
+    """The columns from the components of all images together."""
+    siou, ppv = pooled.siou, pooled.ppv
+    mean_siou, mean_ppv = (float(values.mean()) if values.size else None for values in (siou, ppv))
+    return ComponentScores(mean_siou, mean_ppv, f1_star(counts_at_taus(pooled)))
 
 
 def f1_star(counts: NDArray[np.int64] | NDArray[np.float64]) -> float | None:

@@ -7,25 +7,27 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 import ros2_ood_seg
 from ros2_ood_seg.config import PipelineConfig, iter_settings
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component
-from ros2_ood_seg.evaluation.compare import ImageCounts
+from ros2_ood_seg.evaluation.counts import CountsWriter
 from ros2_ood_seg.evaluation.datasets import DataSet, LabelledImage, Source
-from ros2_ood_seg.evaluation.measure import Maps, PartStore, instances_json, measure
+from ros2_ood_seg.evaluation.measure import Maps, box_slice, instances_json, measure
 from ros2_ood_seg.evaluation.pixel import FprRule
 from ros2_ood_seg.evaluation.report import build_report
+from ros2_ood_seg.evaluation.store import PartStore
 from ros2_ood_seg.pipeline import Pipeline
-from ros2_ood_seg.types import FrameResult
+from ros2_ood_seg.types import FrameResult, Instances, boxes_from_masks
 from ros2_ood_seg.visualization import draw_overlay
 
 EXACT_PIXELS = 512_000_000
@@ -160,10 +162,11 @@ class Evaluation:
         if self.options.save is not None:
             _save(self.options.save, frame.name, maps, config.profile)
         picture = _picture(frame, result)
+        self.store.save_pixels(frame.name, score, refined, (maps.refined, frame.label) if self.exact else None)
         outside = {"load": load_ms, "measure": (time.perf_counter() - start) * 1e3}
-        self.store.save(figures, score, refined, picture, result.timings_ms, outside, (maps.refined, frame.label) if self.exact else None)
+        self.store.save(replace(figures, timings_ms=dict(result.timings_ms), outside_ms=outside), picture)
 
-    def report(self, dataset: str, instance_rule: str = "as labelled") -> tuple[dict[str, Any], ImageCounts]:
+    def report(self, dataset: str, instance_rule: str = "as labelled") -> tuple[dict[str, Any], CountsWriter]:
         """Pools everything that was measured.
 
         Args:
@@ -172,7 +175,7 @@ class Evaluation:
 
         Returns:
             Plain data for ``report.json``, where a value that the profile or the data cannot have is None; the counts of every image,
-            for comparisons.
+            for comparisons, to be saved before :meth:`finish`.
 
         Raises:
             InputError: No frame was measured.
@@ -227,14 +230,29 @@ def _save(folder: Path, name: str, maps: Maps, profile: str) -> None:
 
 def _picture(frame: LabelledImage, result: FrameResult) -> bytes:
     """Instances over the image, the ground truth as a white outline, as a small JPEG."""
-    overlay = draw_overlay(frame.image, result.instances.to("cpu"))
-    contours, _ = cv2.findContours((frame.label == 1).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     height, width = frame.label.shape
-    cv2.drawContours(overlay, contours, -1, (255, 255, 255), max(1, width // PICTURE_WIDTH_PX))
-    if width > PICTURE_WIDTH_PX:
-        overlay = cv2.resize(overlay, (PICTURE_WIDTH_PX, round(height * PICTURE_WIDTH_PX / width)), interpolation=cv2.INTER_AREA)
+    scale = min(1.0, PICTURE_WIDTH_PX / width)
+    small = (round(width * scale), max(1, round(height * scale)))
+    image = cv2.resize(frame.image, small, interpolation=cv2.INTER_AREA)
+    overlay = draw_overlay(image, _shrunk(result.instances.to("cpu"), small[::-1]))
+    contours, _ = cv2.findContours((frame.label == 1).view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    cv2.drawContours(overlay, [(contour * scale).astype(np.int32) for contour in contours], -1, (255, 255, 255), 1)
     done, data = cv2.imencode(".jpg", overlay[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
     return bytes(data) if done else b""
+
+
+def _shrunk(found: Instances, shape_hw: tuple[int, int]) -> Instances:
+    """Instances of a smaller image; a pixel of it belongs to a mask when any pixel there did, so that small ones stay visible."""
+    if tuple(found.masks.shape[1:]) == shape_hw:
+        return found
+    height, width = found.masks.shape[1:]
+    masks = np.zeros((len(found), *shape_hw), bool)
+    for small, mask, box in zip(masks, found.masks.numpy(), found.boxes_xyxy.numpy(), strict=True):
+        window = box_slice(box)
+        rows, columns = np.nonzero(mask[window])
+        small[(rows + window[0].start) * shape_hw[0] // height, (columns + window[1].start) * shape_hw[1] // width] = True
+    tight, area = boxes_from_masks(torch.from_numpy(masks))
+    return replace(found, masks=torch.from_numpy(masks), boxes_xyxy=tight, area_px=area)
 
 
 def evaluate_frames(

@@ -89,66 +89,46 @@ def match(
 
 
 @dataclass(frozen=True)
-class Decisions:
-    """What the matching of one image at one overlap decided.
+class Verdicts:
+    """What the matching of one image, or of several, decided at each overlap.
+
+    Args:
+        scores: (N,) float64 of the predictions.
+        right: (N, 10) int8: 1 found an instance, -1 false, 0 excused: on ignored area or on an instance that is too small to count.
+        missed: (10,) int64 instances without a prediction.
+    """
+
+    scores: NDArray[np.float64]
+    right: NDArray[np.int8]
+    missed: NDArray[np.int64]
+
+
+def judge(image: InstanceMatch, overlaps: NDArray[np.float64] = OVERLAPS, min_region_px: int = MIN_REGION_PX) -> Verdicts:
+    """Matches one image at overlaps of 0.5 or more, so that a prediction fits at most one instance."""
+    large = image.truth_px >= min_region_px
+    right = np.zeros((image.scores.size, overlaps.size), np.int8)
+    missed = np.full(overlaps.size, np.count_nonzero(large), np.int64)
+    iou = image.iou()
+    ignored = (image.void_px + image.intersection_px[:, ~large].sum(axis=1)) / np.maximum(image.area_px, 1)
+    for k, overlap in enumerate(overlaps):
+        fits = iou > overlap
+        right[~fits.any(axis=1) & (ignored <= overlap), k] = -1
+        for column in fits[:, large].T:
+            if column.any():
+                right[column, k] = -1
+                right[np.argmax(np.where(column, image.scores, -np.inf)), k] = 1
+                missed[k] -= 1
+    return Verdicts(image.scores, right, missed)
+
+
+def average_precision(right: NDArray[np.float64], wrong: NDArray[np.float64], missed: int) -> float | None:
+    """AP at one overlap; None without ground-truth instances.
 
     Args:
         right: Scores of the predictions that found an instance.
         wrong: Scores of the false ones.
         missed: Instances without a prediction.
     """
-
-    right: NDArray[np.float64]
-    wrong: NDArray[np.float64]
-    missed: int
-
-
-def decide(image: InstanceMatch, overlap: float, min_region_px: int = MIN_REGION_PX) -> Decisions:
-    """Matches one image at one overlap (0.5 or more, so that a prediction fits at most one instance)."""
-    large = image.truth_px >= min_region_px
-    fits = image.iou() > overlap
-    ignored = image.void_px + image.intersection_px[:, ~large].sum(axis=1)
-    excused = ignored / np.maximum(image.area_px, 1) > overlap
-    wrong = [image.scores[~fits.any(axis=1) & ~excused]]
-    right = []
-    for column in fits[:, large].T:
-        found = np.sort(image.scores[column])[::-1]
-        right.append(found[:1])
-        wrong.append(found[1:])
-    missed = int(np.count_nonzero(~fits[:, large].any(axis=0)))
-    none = np.zeros(0)
-    return Decisions(np.concatenate([none, *right]), np.concatenate([none, *wrong]), missed)
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """The predictions of one image, one by one.
-
-    Args:
-        right: (N,) bool, the best-scored prediction of an instance with IoU > 0.5.
-        excused: (N,) bool, neither right nor wrong.
-    """
-
-    right: NDArray[np.bool_]
-    excused: NDArray[np.bool_]
-
-
-def judge(image: InstanceMatch, overlap: float = 0.5, min_region_px: int = MIN_REGION_PX) -> Judgement:
-    """Which predictions are right; the same matching as :func:`decide`, in the predictions' order."""
-    large = image.truth_px >= min_region_px
-    fits = image.iou() > overlap
-    right = np.zeros(image.scores.size, bool)
-    for column in fits[:, large].T:
-        if column.any():
-            right[np.argmax(np.where(column, image.scores, -np.inf))] = True
-    ignored = image.void_px + image.intersection_px[:, ~large].sum(axis=1)
-    excused = ~fits.any(axis=1) & (ignored / np.maximum(image.area_px, 1) > overlap)
-    excused |= fits[:, ~large].any(axis=1) & ~right
-    return Judgement(right, excused)
-
-
-def average_precision(right: NDArray[np.float64], wrong: NDArray[np.float64], missed: int) -> float | None:
-    """AP at one overlap from the pooled :class:`Decisions`; None without ground-truth instances."""
     if missed + right.size == 0:
         return None
     if right.size == 0:
@@ -179,11 +159,16 @@ class InstanceScores:
 
 def summarise(images: Iterable[InstanceMatch], min_region_px: int = MIN_REGION_PX) -> InstanceScores:
     """AP over a data set."""
-    kept = list(images)
-    aps = []
-    for overlap in OVERLAPS:
-        decided = [decide(image, overlap, min_region_px) for image in kept]
-        right, wrong = (np.concatenate([np.zeros(0), *(getattr(d, kind) for d in decided)]) for kind in ("right", "wrong"))
-        aps.append(average_precision(right, wrong, sum(d.missed for d in decided)))
+    judged = [judge(image, min_region_px=min_region_px) for image in images]
+    scores = np.concatenate([np.zeros(0), *(v.scores for v in judged)])
+    right = np.concatenate([np.zeros((0, OVERLAPS.size), np.int8), *(v.right for v in judged)])
+    missed = np.sum([np.zeros(OVERLAPS.size, np.int64), *(v.missed for v in judged)], axis=0)
+    return scores_of(Verdicts(scores, right, missed))
+
+
+def scores_of(pooled: Verdicts) -> InstanceScores:
+    """AP from the verdicts of all images together."""
+    columns = zip(pooled.right.T, pooled.missed, strict=True)
+    aps = [average_precision(pooled.scores[right > 0], pooled.scores[right < 0], int(missed)) for right, missed in columns]
     known = [ap for ap in aps if ap is not None]
     return InstanceScores(float(np.mean(known)) if known else None, aps[0], tuple(aps))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,6 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ros2_ood_seg import rle
-from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component, instance, s2m
 from ros2_ood_seg.evaluation.datasets import LabelledImage
 from ros2_ood_seg.evaluation.pixel import ScoreCounts, check_scores
@@ -42,7 +39,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class FrameMeasure:
-    """What one frame contributes, but for the sorted scores, which are large and stay on disk (:class:`MapCounts`).
+    """What one frame contributes, but for the sorted scores, which are large and stay on disk (:data:`MapCounts`).
 
     Args:
         name: Of the frame.
@@ -55,7 +52,7 @@ class FrameMeasure:
         instances: Instance overlaps.
         truth: Ground-truth instances.
         timings_ms: Pipeline stages.
-        outside_ms: Time spent beside the pipeline: ``load`` and ``measure``.
+        outside_ms: Time spent beside the pipeline: ``load`` and ``measure``, which includes writing it down.
     """
 
     name: str
@@ -226,148 +223,3 @@ def instances_json(maps: Maps, profile: str) -> dict[str, Any]:
             for mask, box, score, raw in zip(maps.masks, maps.boxes_xyxy, maps.scores, maps.raw_scores, strict=True)
         ],
     }
-
-
-class PartStore:
-    """A folder of finished frames, so that an interrupted evaluation goes on where it stopped.
-
-    Args:
-        folder: Made when missing. Parts made with another ``fingerprint`` are thrown away.
-        fingerprint: Everything the parts depend on.
-
-    Raises:
-        InputError: The folder exists and was not made by this class.
-    """
-
-    COUNTS = ("score_1", "score_0", "refined_1", "refined_0")
-    KINDS = ("part", "map", "picture", "tmp", *COUNTS, *(f"{key}_counts" for key in COUNTS))
-
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.folder = folder
-        stamp = json.dumps(fingerprint, sort_keys=True)
-        path = folder / "fingerprint.json"
-        if folder.exists() and not path.is_file():
-            raise InputError(
-                f"'{folder}' is needed for intermediate results but was made by something else: remove it or name another output"
-            )
-        if not path.is_file() or path.read_text(encoding="utf-8") != stamp:
-            self.clear()
-            folder.mkdir(parents=True)
-            path.write_text(stamp, encoding="utf-8")
-
-    def clear(self) -> None:
-        """Removes the folder and what this class wrote into it."""
-        if not self.folder.is_dir():
-            return
-        # The fingerprint goes last: it is what marks the folder as ours.
-        for suffix in (*self.KINDS, "json"):
-            for path in self.folder.glob(f"*.{suffix}"):
-                path.unlink()
-        self.folder.rmdir()
-
-    def has(self, name: str) -> bool:
-        """Whether the frame is finished."""
-        return self._file(name, "part").is_file()
-
-    def _file(self, name: str, kind: str) -> Path:
-        return self.folder / f"{name}.{kind}"
-
-    def save(
-        self,
-        figures: FrameMeasure,
-        score: MapCounts,
-        refined: MapCounts,
-        picture: bytes,
-        timings_ms: Mapping[str, float],
-        outside_ms: Mapping[str, float],
-        refined_and_label: tuple[NDArray[np.float32], NDArray[np.uint8]] | None = None,
-    ) -> None:
-        """Writes a finished frame; the part file comes last and appears at once.
-
-        Args:
-            figures: The frame's figures.
-            score: Sorted scores of the score map.
-            refined: Sorted scores of the refined map.
-            picture: JPEG of the result, for the report.
-            timings_ms: Pipeline stages.
-            outside_ms: Time spent beside the pipeline.
-            refined_and_label: The maps for a second look, or None to keep none.
-        """
-        if refined_and_label is not None:
-            with self._file(figures.name, "map").open("wb") as file:
-                np.savez(file, refined=refined_and_label[0], label=refined_and_label[1])
-        self._file(figures.name, "picture").write_bytes(picture)
-        # One plain file each: pooling reads them several times, and an archive is slow to open.
-        for key, counts in zip(self.COUNTS, (*score, *refined), strict=True):
-            self._put(figures.name, key, counts.values)
-            if counts.counts is not None:
-                self._put(figures.name, f"{key}_counts", counts.counts)
-            else:
-                self._file(figures.name, f"{key}_counts").unlink(missing_ok=True)
-        arrays: dict[str, NDArray[Any]] = {}
-        for key, sweep in (("masks", figures.masks), ("masks_code", figures.masks_code)):
-            arrays[key] = np.stack([sweep.hits, sweep.extra, np.full_like(sweep.hits, sweep.positives)])
-        for key, group in (("component", figures.components), ("instance", figures.instances), ("truth", figures.truth)):
-            arrays.update({f"{key}.{name}": value for name, value in vars(group).items()})
-        head = {
-            "name": figures.name,
-            "height": figures.height,
-            "width": figures.width,
-            "score_range": figures.score_range,
-            "timings_ms": dict(timings_ms),
-            "outside_ms": dict(outside_ms),
-        }
-        arrays["head"] = np.array(json.dumps(head))
-        temporary = self._file(figures.name, "tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        temporary.rename(self._file(figures.name, "part"))
-
-    def _put(self, name: str, kind: str, array: NDArray[Any]) -> None:
-        with self._file(name, kind).open("wb") as file:
-            np.save(file, array)
-
-    def load(self, name: str) -> FrameMeasure:
-        """The small part of a finished frame."""
-        with np.load(self._file(name, "part")) as part:
-            head = json.loads(str(part["head"]))
-            groups: dict[str, dict[str, NDArray[Any]]] = {"component": {}, "instance": {}, "truth": {}}
-            for key in part.files:
-                group, _, name_in_group = key.partition(".")
-                if name_in_group:
-                    groups[group][name_in_group] = part[key]
-            sweeps = [s2m.MaskSweep(part[key][0], part[key][1], int(part[key][2, 0])) for key in ("masks", "masks_code")]
-        return FrameMeasure(
-            head["name"],
-            head["height"],
-            head["width"],
-            tuple(head["score_range"]),
-            sweeps[0],
-            sweeps[1],
-            component.ComponentMatch(**groups["component"]),
-            instance.InstanceMatch(**groups["instance"]),
-            Truth(**groups["truth"]),
-            head["timings_ms"],
-            head["outside_ms"],
-        )
-
-    def counts(self, name: str, kind: str, label: int) -> ScoreCounts:
-        """Sorted scores of a finished frame.
-
-        Args:
-            name: Frame.
-            kind: ``score`` or ``refined``.
-            label: 1 for the anomalous pixels, 0 for the normal ones.
-        """
-        key = f"{kind}_{label}"
-        counts = self._file(name, f"{key}_counts")
-        return ScoreCounts(np.load(self._file(name, key)), np.load(counts) if counts.is_file() else None)
-
-    def map(self, name: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        """Refined map and label map of a finished frame, if they were kept."""
-        with np.load(self._file(name, "map")) as maps:
-            return maps["refined"], maps["label"]
-
-    def picture(self, name: str) -> bytes:
-        """JPEG of a finished frame's result."""
-        return self._file(name, "picture").read_bytes()

@@ -22,7 +22,8 @@ FprRule = Literal["ge", "gt", "closest"]
 > 0.95 (``gt``: UGainS), or with the recall nearest to 0.95, which may be below it (``closest``: Hendrycks, PEBAL, RPL, S2M)."""
 
 FPR_RULES: tuple[FprRule, ...] = get_args(FprRule)
-IGNORE_LABEL = 255
+MERGE_AT = 1 << 18
+"""So many scores of anomalous pixels are collected before equal ones are added up."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class ScoreCounts:
             mask = np.uint32(0xFFFFFFFF << dropped_bits & 0xFFFFFFFF)
             values = (values.view(np.uint32) & mask).view(np.float32)
         result = cls(np.sort(values))
-        distinct, counts = result.distinct()
-        return cls(distinct, counts) if 2 * distinct.size <= values.size else result
+        distinct = np.count_nonzero(result.values[1:] != result.values[:-1]) + 1
+        return cls(*result.distinct()) if 2 * distinct <= values.size else result
 
     @property
     def total(self) -> int:
@@ -75,6 +76,23 @@ class ScoreCounts:
         cumulated = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
         result: NDArray[np.int64] = cumulated[-1] - cumulated[at]
         return result
+
+    def ranks(self, values: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How many pixels score below each of some values, and how many at most that; both (V,) int64.
+
+        Args:
+            values: (V,) float32, strictly ascending.
+        """
+        cumulated = None if self.counts is None else np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
+        if values.size <= self.values.size // 4:
+            below, up_to = (np.searchsorted(self.values, values, side=side).astype(np.int64) for side in ("left", "right"))
+            return (below, up_to) if cumulated is None else (cumulated[below], cumulated[up_to])
+        # Searching the shorter of the two lists in the longer one is what takes the time.
+        at = np.searchsorted(values, self.values)
+        ends = np.cumsum(np.bincount(at, minlength=values.size + 1))[: values.size]
+        tied = values[np.minimum(at, values.size - 1)] == self.values
+        starts = ends - np.bincount(at[tied], minlength=values.size)
+        return (starts, ends) if cumulated is None else (cumulated[starts], cumulated[ends])
 
 
 def _round_down(thresholds: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -101,8 +119,8 @@ def check_scores(scores: NDArray[Any], label: NDArray[np.uint8], name: str) -> N
     scores = np.asarray(scores, dtype=np.float32)
     if scores.shape != label.shape:
         raise InputError(f"{name}: the score map is {_size(scores)}, its label map {_size(label)}; they must be equal")
-    finite = np.isfinite(scores)
-    if not finite.all():
+    if scores.size and not (np.isfinite(scores.min()) and np.isfinite(scores.max())):
+        finite = np.isfinite(scores)
         y, x = np.argwhere(~finite)[0]
         raise InputError(
             f"{name}: {np.count_nonzero(~finite)} scores are not finite, the first is {scores[y, x]} at x={x}, y={y}; "
@@ -221,41 +239,52 @@ class PixelCurve:
         )
 
 
-def pool(positives: Sequence[ScoreCounts] | Iterable[ScoreCounts], negatives: Iterable[ScoreCounts]) -> PixelCurve:
+def pool(positives: Iterable[ScoreCounts], negatives: Iterable[ScoreCounts]) -> PixelCurve:
     """Pools frames into one threshold sweep, exactly.
 
     Args:
-        positives: Sorted scores of each frame's anomalous pixels; iterated once and kept.
+        positives: Sorted scores of each frame's anomalous pixels; iterated once, their distinct values are kept.
         negatives: Sorted scores of each frame's normal pixels; iterated once, one frame in memory at a time.
     """
-    kept = [part.distinct() for part in positives]
-    values = np.unique(np.concatenate([part for part, _ in kept])) if kept else np.zeros(0, np.float32)
-    gained = np.zeros(values.size, np.int64)
-    for part, counts in kept:
-        gained[np.searchsorted(values, part)] += counts
-    ties = np.zeros(values.size, np.int64)
-    between = np.zeros(values.size + 1, np.int64)
+    values, gained = _merged(positives)
+    below, up_to = np.zeros(values.size, np.int64), np.zeros(values.size, np.int64)
     total = 0
     for frame in negatives:
-        part, counts = frame.distinct()
         total += frame.total
-        at = np.searchsorted(values, part)
-        if values.size:
-            tied = values[np.minimum(at, values.size - 1)] == part
-            ties[at[tied]] += counts[tied]
-            at, counts = at[~tied], counts[~tied]
-        if at.size:
-            starts = np.flatnonzero(np.concatenate([[True], at[1:] != at[:-1]]))
-            between[at[starts]] += np.add.reduceat(counts.astype(np.int64), starts)
-    false_positives = np.cumsum(ties[::-1]) + np.cumsum(between[::-1])[:-1]
+        frame_below, frame_up_to = frame.ranks(values)
+        below += frame_below
+        up_to += frame_up_to
     return PixelCurve(
         thresholds=values[::-1],
         true_positives=np.cumsum(gained[::-1]),
-        false_positives=false_positives,
-        false_positives_end=false_positives + between[:-1][::-1],
-        ties=ties[::-1],
+        false_positives=total - below[::-1],
+        false_positives_end=total - np.append(0, up_to)[-2::-1],
+        ties=(up_to - below)[::-1],
         negatives=total,
     )
+
+
+def _merged(parts: Iterable[ScoreCounts]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Distinct scores of many frames, strictly ascending, and how many pixels have each."""
+    values, counts = np.zeros(0, np.float32), np.zeros(0, np.int64)
+    waiting: list[tuple[NDArray[np.float32], NDArray[Any]]] = []
+    size = 0
+    for part in parts:
+        waiting.append(part.distinct())
+        size += waiting[-1][0].size
+        # As much again as there is: each score is moved a few times in all, and equal scores do not pile up.
+        if size > max(MERGE_AT, values.size):
+            values, counts = _union([(values, counts), *waiting])
+            waiting, size = [], 0
+    return _union([(values, counts), *waiting])
+
+
+def _union(parts: Sequence[tuple[NDArray[np.float32], NDArray[Any]]]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    values = np.unique(np.concatenate([part for part, _ in parts]))
+    counts = np.zeros(values.size, np.int64)
+    for part, times in parts:
+        counts[np.searchsorted(values, part)] += times
+    return values, counts
 
 
 def curve_of(scores: NDArray[Any], label: NDArray[np.uint8], name: str = "score map") -> PixelCurve:

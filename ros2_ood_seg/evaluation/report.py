@@ -6,8 +6,9 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from importlib.metadata import distributions
-from itertools import pairwise
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 from ros2_ood_seg import __version__
 from ros2_ood_seg.config import PipelineConfig
 from ros2_ood_seg.evaluation import component, instance, pixel, s2m
-from ros2_ood_seg.evaluation.compare import ImageCounts, histogram
-from ros2_ood_seg.evaluation.measure import FrameMeasure, PartStore
+from ros2_ood_seg.evaluation.counts import CountsWriter, histogram, histogram_edges
+from ros2_ood_seg.evaluation.store import PartStore
+from ros2_ood_seg.evaluation.totals import Totals
 
 RULES = {
     "pixel": "pooled over all images, label 255 left out; AP is the sum of recall steps times precision, as scikit-learn's",
@@ -33,9 +35,6 @@ RULES = {
     "component_masks": "the same on the union of the instance masks: no threshold, no minimum predicted size",
     "instance": "Cityscapes instance AP: overlaps 0.50:0.05:0.95, a match is IoU > overlap, minimum region 10 px, ranked by score",
 }
-SIZE_EDGES_PX = (0, 100, 1_000, 10_000, 100_000, None)
-BOTTOM_EDGES = (0.0, 0.45, 0.55, 0.7, 0.85, None)
-RELIABILITY_BINS = 10
 CURVE_POINTS = 200
 
 
@@ -50,7 +49,7 @@ def build_report(
     minimum: component.Minimum,
     exact: bool,
     instance_rule: str,
-) -> tuple[dict[str, Any], ImageCounts]:
+) -> tuple[dict[str, Any], CountsWriter]:
     """Pools finished frames.
 
     Args:
@@ -68,53 +67,59 @@ def build_report(
         Plain data, where a value that the profile or the data cannot have is None; the counts of every image.
     """
     start = time.perf_counter()
-    frames = [store.load(name) for name in names]
-    curves = {
-        kind: pixel.pool((store.counts(name, kind, 1) for name in names), (store.counts(name, kind, 0) for name in names))
-        for kind in ("score", "refined")
-    }
-    thresholds = s2m.scaled_thresholds(min(f.score_range[0] for f in frames), max(f.score_range[1] for f in frames))
-    baseline_sweeps = [s2m.sweep(store.counts(name, "score", 1), [store.counts(name, "score", 0)], thresholds) for name in names]
-    baseline, masks, masks_code = (
-        s2m.summarise(sweeps) for sweeps in (baseline_sweeps, [f.masks for f in frames], [f.masks_code for f in frames])
-    )
-    best = curves["refined"].best_f1()
+    totals = Totals()
+    for name in names:
+        totals.add(store.load(name))
+    pooled = {kind: _pool(store, names, kind, fpr_rule, exact) for kind in ("score", "refined")}
+    best = pooled["refined"].figures["best_f1_threshold"]
     # The benchmark predicts score > threshold; the next lower number makes that the same as score >= the best threshold.
-    threshold = None if best is None or not exact else float(np.nextafter(np.float32(best[1]), np.float32(-np.inf)))
-    matches = [] if threshold is None else [_component_match(store, name, threshold, minimum) for name in names]
-    instances = instance.summarise(f.instances for f in frames)
-    by_map = component.summarise(matches)
-    by_mask = component.summarise(f.components for f in frames)
-    iou, f1 = s2m.per_image([f.masks for f in frames])
-    counts = ImageCounts(
-        names=np.array(names),
-        score=_histogram(store, names, "score", curves["score"]),
-        refined=_histogram(store, names, "refined", curves["refined"]),
-        masks=_sweeps([f.masks for f in frames]),
-        baseline=_sweeps(baseline_sweeps),
-        components=np.array([component.counts_at_taus(match) for match in matches], np.int64).reshape(-1, 3, component.TAUS.size),
-        **_decisions([f.instances for f in frames]),
-    )
+    threshold = None if best is None or not exact else float(np.nextafter(np.float32(best), np.float32(-np.inf)))
+    counts = CountsWriter(store.folder)
+    scaled = s2m.scaled_thresholds(*totals.score_range)
+    baseline_mean = s2m.CurveMean()
+    matches: list[component.ComponentMatch] = []
+    for name in names:
+        positives, negatives = (store.counts(name, "score", label) for label in (1, 0))
+        sweep = s2m.sweep(positives, [negatives], scaled)
+        baseline_mean.add(sweep)
+        match = None if threshold is None else _component_match(store, name, threshold, minimum)
+        matches += [] if match is None else [match]
+        frame = store.load(name)
+        counts.add(
+            name,
+            score=histogram(pooled["score"].edges, positives, negatives),
+            refined=histogram(pooled["refined"].edges, *(store.counts(name, "refined", label) for label in (1, 0))),
+            masks=frame.masks,
+            baseline=sweep,
+            components=match,
+            instances=instance.judge(frame.instances),
+        )
+    masks, masks_code, baseline = totals.masks.scores(), totals.masks_code.scores(), baseline_mean.scores()
+    best_scaled = scaled[[round((baseline.threshold if baseline else 0.0) * 100)]]
+    for image in totals.per_image:
+        positives, negatives = (store.counts(image["name"], "score", label) for label in (1, 0))
+        image["baseline_iou"] = _ratio(s2m.sweep(positives, [negatives], best_scaled))
+    instances = totals.instances()
     pooled_ms = (time.perf_counter() - start) * 1e3
     report = {
         "dataset": dataset,
         "profile": config.profile,
-        "images": len(frames),
-        "pixel": _pixel(curves["score"], fpr_rule, exact),
-        "refined": _pixel(curves["refined"], fpr_rule, exact),
-        "baseline": _s2m(baseline) | {"score_range": [float(thresholds[0]), float(thresholds[-1])]},
+        "images": totals.images,
+        "pixel": pooled["score"].figures,
+        "refined": pooled["refined"].figures,
+        "baseline": _s2m(baseline) | {"score_range": [float(scaled[0]), float(scaled[-1])]},
         "s2m": _s2m(masks),
         "s2m_code": _s2m(masks_code),
-        "component": vars(by_map) | {"threshold": threshold},
-        "component_masks": vars(by_mask),
+        "component": vars(component.summarise(matches)) | {"threshold": threshold},
+        "component_masks": vars(totals.components()),
         "instance": {"ap": instances.ap, "ap50": instances.ap50, "by_overlap": list(instances.by_overlap)},
-        "timings_ms": _timings([f.timings_ms for f in frames]),
-        "outside_ms": _timings([f.outside_ms for f in frames]) | {"pooling": {"total": pooled_ms}},
-        "outside_share": _outside_share(frames, pooled_ms),
-        "sizes": _recall(frames, SIZE_EDGES_PX, [f.truth.area_px for f in frames]),
-        "bands": _recall(frames, BOTTOM_EDGES, [f.truth.bottom for f in frames]),
-        "false_alarms": _false_alarms(frames),
-        "reliability": _reliability(frames),
+        "timings_ms": totals.timings(),
+        "outside_ms": totals.outside() | {"pooling": {"total": pooled_ms}},
+        "outside_share": totals.outside_share(pooled_ms),
+        "sizes": totals.sizes(),
+        "bands": totals.bands(),
+        "false_alarms": totals.false_alarms(),
+        "reliability": totals.reliability(),
         "rules": RULES
         | {
             "fpr95_rule": fpr_rule,
@@ -129,24 +134,9 @@ def build_report(
             "thresholds": list(s2m.THRESHOLDS),
             "iou": {"s2m": _curve(masks, "iou_curve"), "baseline": _curve(baseline, "iou_curve")},
             "f1": {"s2m": _curve(masks, "f1_curve"), "baseline": _curve(baseline, "f1_curve")},
-            "precision_recall": {kind: _precision_recall(curve) for kind, curve in curves.items()},
+            "precision_recall": {kind: pooled[kind].precision_recall for kind in ("score", "refined")},
         },
-        "per_image": [
-            {
-                "name": frame.name,
-                "height": frame.height,
-                "width": frame.width,
-                "anomalous_px": frame.masks.positives,
-                "iou": float(iou[k, 0]),
-                "f1": float(f1[k, 0]),
-                "baseline_iou": _ratio(baseline_sweeps[k], round((baseline.threshold if baseline else 0.0) * 100)),
-                "instances": int(frame.instances.scores.size),
-                "truth_instances": int(frame.instances.truth_px.size),
-                "found": int(np.count_nonzero(frame.truth.mask_iou > 0.5)),
-                "total_ms": frame.timings_ms.get("total"),
-            }
-            for k, frame in enumerate(frames)
-        ],
+        "per_image": totals.per_image,
         "config": config.model_dump(),
         "versions": versions(),
         "hardware": hardware(device),
@@ -154,34 +144,28 @@ def build_report(
     return report, counts
 
 
-def _histogram(store: PartStore, names: Sequence[str], kind: str, curve: pixel.PixelCurve) -> NDArray[np.int64]:
-    return histogram(curve, ((store.counts(name, kind, 1), store.counts(name, kind, 0)) for name in names))
+@dataclass(frozen=True)
+class _Pooled:
+    """What the report keeps of a pooled curve, which can be large.
+
+    Args:
+        figures: For ``report.json``.
+        precision_recall: The same, for the plot.
+        edges: Of the histograms of single images.
+    """
+
+    figures: dict[str, Any]
+    precision_recall: dict[str, list[float]]
+    edges: NDArray[np.float64]
 
 
-def _sweeps(sweeps: list[s2m.MaskSweep]) -> NDArray[np.int64]:
-    return np.array([[sweep.hits, sweep.extra, np.full_like(sweep.hits, sweep.positives)] for sweep in sweeps])
-
-
-def _decisions(images: list[instance.InstanceMatch]) -> dict[str, Any]:
-    rows: list[tuple[int, int, bool, float]] = []
-    missed = np.zeros((len(images), len(instance.OVERLAPS)), np.int64)
-    for k, image in enumerate(images):
-        for j, overlap in enumerate(instance.OVERLAPS):
-            decided = instance.decide(image, overlap)
-            missed[k, j] = decided.missed
-            rows += [(k, j, True, score) for score in decided.right] + [(k, j, False, score) for score in decided.wrong]
-    columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
-    return {
-        "instance_image": np.array(columns[0], np.int64),
-        "instance_overlap": np.array(columns[1], np.int64),
-        "instance_right": np.array(columns[2], bool),
-        "instance_score": np.array(columns[3], np.float64),
-        "missed": missed,
-    }
+def _pool(store: PartStore, names: Sequence[str], kind: str, rule: pixel.FprRule, exact: bool) -> _Pooled:
+    curve = pixel.pool((store.counts(name, kind, 1) for name in names), (store.counts(name, kind, 0) for name in names))
+    return _Pooled(_pixel(curve, rule, exact), _precision_recall(curve), histogram_edges(curve))
 
 
 def _component_match(store: PartStore, name: str, threshold: float, minimum: component.Minimum) -> component.ComponentMatch:
-    refined, label = store.map(name)
+    refined, label = store.maps(name)
     return component.match(refined > np.float32(threshold), label, minimum)
 
 
@@ -209,9 +193,9 @@ def _curve(scores: s2m.MaskScores | None, name: str) -> list[float] | None:
     return None if scores is None else [round(float(v), 6) for v in getattr(scores, name)]
 
 
-def _ratio(image: s2m.MaskSweep, at: int) -> float:
-    union = int(image.extra[at]) + image.positives
-    return int(image.hits[at]) / union if union else 0.0
+def _ratio(image: s2m.MaskSweep) -> float:
+    union = int(image.extra[0]) + image.positives
+    return int(image.hits[0]) / union if union else 0.0
 
 
 def _precision_recall(curve: pixel.PixelCurve) -> dict[str, list[float]]:
@@ -222,88 +206,16 @@ def _precision_recall(curve: pixel.PixelCurve) -> dict[str, list[float]]:
     }
 
 
-def _outside_share(frames: list[FrameMeasure], pooled_ms: float) -> float:
-    """Share of the time that went into reading, measuring and pooling; on a GPU the first two ran beside the pipeline."""
-    outside = pooled_ms + sum(sum(f.outside_ms.values()) for f in frames)
-    inside = sum(f.timings_ms.get("total", 0.0) for f in frames)
-    return outside / (outside + inside)
-
-
-def _timings(frames: list[Any]) -> dict[str, dict[str, float]]:
-    stages = list(dict.fromkeys(stage for frame in frames for stage in frame))
-    result = {}
-    for stage in stages:
-        values = np.array([frame[stage] for frame in frames if stage in frame])
-        result[stage] = {"p50": float(np.percentile(values, 50)), "p95": float(np.percentile(values, 95)), "mean": float(values.mean())}
-    return result
-
-
-def _recall(frames: list[FrameMeasure], edges: Sequence[float | None], keys: list[NDArray[Any]]) -> list[dict[str, Any]]:
-    """Share of the ground-truth instances that a prediction, or a prompt box, overlaps with IoU above 0.5, by a key's range."""
-    key = np.concatenate(keys)
-    mask_iou = np.concatenate([f.truth.mask_iou for f in frames])
-    box_iou = np.concatenate([f.truth.box_iou for f in frames])
-    rows = []
-    for low, high in pairwise(edges):
-        chosen = (key >= low) & (key < (np.inf if high is None else high))
-        count = int(chosen.sum())
-        boxes = box_iou[chosen]
-        rows.append(
-            {
-                "from": low,
-                "to": high,
-                "truth": count,
-                "found": int(np.count_nonzero(mask_iou[chosen] > 0.5)),
-                "recall": float(np.mean(mask_iou[chosen] > 0.5)) if count else None,
-                "box_recall": float(np.mean(boxes > 0.5)) if count and np.isfinite(boxes).all() else None,
-                "mean_iou": float(mask_iou[chosen].mean()) if count else None,
-            }
-        )
-    return rows
-
-
-def _judged(frames: list[FrameMeasure]) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Score, area and rightness (IoU > 0.5) of every prediction that is not excused by ignored area."""
-    parts = [(instance.judge(f.instances), f.instances) for f in frames]
-    kept = [(m.scores[~j.excused], m.area_px[~j.excused], j.right[~j.excused]) for j, m in parts]
-    scores, area, right = (np.concatenate(column) for column in zip(*kept, strict=True))
-    return scores, area, right
-
-
-def _false_alarms(frames: list[FrameMeasure]) -> list[dict[str, Any]]:
-    _, area, right = _judged(frames)
-    wrong = area[~right]
-    counts = np.histogram(wrong, [*SIZE_EDGES_PX[:-1], np.inf])[0]
-    return [
-        {"from": low, "to": high, "count": int(count), "per_image": count / len(frames)}
-        for low, high, count in zip(SIZE_EDGES_PX[:-1], SIZE_EDGES_PX[1:], counts, strict=True)
-    ]
-
-
-def _reliability(frames: list[FrameMeasure]) -> list[dict[str, Any]]:
-    """How often instances of a score are right (IoU > 0.5)."""
-    scores, _, right = _judged(frames)
-    bins = np.minimum((scores * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
-    return [
-        {
-            "from": k / RELIABILITY_BINS,
-            "to": (k + 1) / RELIABILITY_BINS,
-            "instances": int(np.count_nonzero(bins == k)),
-            "mean_score": float(scores[bins == k].mean()) if np.any(bins == k) else None,
-            "right": float(right[bins == k].mean()) if np.any(bins == k) else None,
-        }
-        for k in range(RELIABILITY_BINS)
-    ]
-
-
 PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "opencv-python", "scipy", "segment-anything", "transformers")
 
 
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
-    installed = {str(package.metadata["Name"]).lower(): package.version for package in distributions()}
-    found = {package: installed[package] for package in PACKAGES if package in installed}
-    return {"ros2_ood_seg": __version__, "python": platform.python_version()} | found
+    found = {"ros2_ood_seg": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def hardware(device: str) -> dict[str, Any]:

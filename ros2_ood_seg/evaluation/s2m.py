@@ -8,6 +8,7 @@ predictions on ignore pixels as wrong; leaving those pixels out is the other rea
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,15 @@ class MaskSweep:
     hits: NDArray[np.int64]
     extra: NDArray[np.int64]
     positives: int
+
+    def table(self) -> NDArray[np.int64]:
+        """(3, 101) int64: hits, extra, and the anomalous pixels at every threshold."""
+        return np.stack([self.hits, self.extra, np.full_like(self.hits, self.positives)])
+
+    @classmethod
+    def from_table(cls, table: NDArray[np.int64]) -> MaskSweep:
+        """What :meth:`table` was made of."""
+        return cls(table[0], table[1], int(table[2, 0]))
 
 
 def sweep(positives: ScoreCounts, others: list[ScoreCounts], thresholds: NDArray[np.float64] = THRESHOLDS) -> MaskSweep:
@@ -75,7 +85,7 @@ class MaskScores:
     f1_curve: NDArray[np.float64]
 
 
-def per_image(sweeps: list[MaskSweep]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def per_image(sweeps: Sequence[MaskSweep]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """IoU and F1 of each image at each threshold, both (N, 101)."""
     hits = np.array([s.hits for s in sweeps], dtype=np.float64).reshape(-1, THRESHOLDS.size)
     union = np.array([s.extra + s.positives for s in sweeps], dtype=np.float64).reshape(-1, THRESHOLDS.size)
@@ -84,11 +94,33 @@ def per_image(sweeps: list[MaskSweep]) -> tuple[NDArray[np.float64], NDArray[np.
     return iou, f1
 
 
-def summarise(sweeps: list[MaskSweep]) -> MaskScores | None:
+class CurveMean:
+    """Means over images, added up one by one."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._iou = np.zeros(THRESHOLDS.size)
+        self._f1 = np.zeros(THRESHOLDS.size)
+
+    def add(self, image: MaskSweep) -> tuple[float, float]:
+        """Adds an image; its IoU and F1 at the first threshold."""
+        iou, f1 = per_image([image])
+        self._count += 1
+        self._iou += iou[0]
+        self._f1 += f1[0]
+        return float(iou[0, 0]), float(f1[0, 0])
+
+    def scores(self) -> MaskScores | None:
+        """The figures; None without images."""
+        return from_curves(self._iou / self._count, self._f1 / self._count) if self._count else None
+
+
+def summarise(sweeps: Iterable[MaskSweep]) -> MaskScores | None:
     """Averages over images; None without images."""
-    if not sweeps:
-        return None
-    return from_curves(*(values.mean(axis=0) for values in per_image(sweeps)))
+    mean = CurveMean()
+    for image in sweeps:
+        mean.add(image)
+    return mean.scores()
 
 
 def from_curves(iou: NDArray[np.float64], f1: NDArray[np.float64]) -> MaskScores:

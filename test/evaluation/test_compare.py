@@ -11,41 +11,49 @@ import pytest
 from ros2_ood_seg.cli import main
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component, instance, s2m
-from ros2_ood_seg.evaluation.compare import ImageCounts, bootstrap, comparison, counts_path, histogram
+from ros2_ood_seg.evaluation.compare import bootstrap, comparison
+from ros2_ood_seg.evaluation.counts import CountsWriter, ImageCounts, counts_path, histogram, histogram_edges
 from ros2_ood_seg.evaluation.pixel import ScoreCounts, pool
 
 
 def counts(images: int = 12, shift: float = 0.0, seed: int = 0) -> ImageCounts:
     """Counts of random images; a greater ``shift`` separates the anomalies better."""
     rng = np.random.default_rng(seed)
-    parts, sweeps, matches = [], [], []
-    rows: list[tuple[int, int, bool, float]] = []
-    for k in range(images):
+    parts, sweeps, matches, right = [], [], [], []
+    for _ in range(images):
         positives = ScoreCounts.from_values((rng.normal(size=300) + 1 + shift).astype(np.float32))
         negatives = ScoreCounts.from_values(rng.normal(size=3000).astype(np.float32))
         parts.append((positives, negatives))
         sweeps.append(s2m.sweep(positives, [negatives]))
         quality = rng.uniform(0, 0.8, 3) + shift / 10
         matches.append(component.counts_at_taus(component.ComponentMatch(quality, quality)))
-        rows += [(k, j, bool(quality[0] > 0.3 + j / 20), float(rng.uniform())) for j in range(10)]
-    curve = pool([p for p, _ in parts], [n for _, n in parts])
-    hist = histogram(curve, parts)
-    masks = np.array([[s.hits, s.extra, np.full(101, s.positives)] for s in sweeps])
-    image, overlap, right, score = (np.array(column) for column in zip(*rows, strict=True))
-    missed = np.ones((images, 10), np.int64)
-    return ImageCounts(np.arange(images).astype(str), hist, hist, masks, masks, np.array(matches), image, overlap, right, score, missed)
+        right.append([1 if quality[0] > 0.3 + j / 20 else -1 for j in range(10)])
+    edges = histogram_edges(pool([p for p, _ in parts], [n for _, n in parts]))
+    hist = np.array([histogram(edges, *part) for part in parts])
+    masks = np.array([sweep.table() for sweep in sweeps])
+    return ImageCounts(
+        names=np.arange(images).astype(str),
+        score=hist,
+        refined=hist,
+        masks=masks,
+        baseline=masks,
+        components=np.array(matches),
+        instance_image=np.arange(images),
+        instance_score=rng.uniform(size=images),
+        instance_right=np.array(right, np.int8),
+        missed=np.ones((images, 10), np.int64),
+    )
 
 
 def test_equal_weights_give_the_plain_figures() -> None:
     found = counts()
     figures = found.figures(np.ones(12, np.int64))
-    plain = s2m.summarise([s2m.MaskSweep(row[0], row[1], int(row[2, 0])) for row in found.masks])
+    plain = s2m.summarise(s2m.MaskSweep.from_table(row) for row in found.masks)
     assert plain is not None
     assert figures["s2m.auiou"] == pytest.approx(plain.auiou)
     assert figures["component.f1"] == pytest.approx(component.f1_star(found.components.sum(axis=0)))
-    at_50 = found.instance_overlap == 0
-    right = found.instance_right[at_50]
-    scores = found.instance_score[at_50]
+    right = found.instance_right[:, 0] == 1
+    scores = found.instance_score
     assert figures["instance.ap50"] == pytest.approx(instance.average_precision(scores[right], scores[~right], 12))
 
 
@@ -59,7 +67,7 @@ def test_histograms_approximate_ap() -> None:
         for _ in range(5)
     ]
     curve = pool([p for p, _ in parts], [n for _, n in parts])
-    hist = histogram(curve, parts)
+    hist = np.array([histogram(histogram_edges(curve), *part) for part in parts])
     assert hist[:, 0].sum() == 45_000
     assert hist[:, 1].sum() == 2_500
     ap = dataclasses.replace(counts(5), score=hist).figures(np.ones(5, np.int64))["pixel.ap"]
@@ -70,20 +78,8 @@ def test_weights_are_repetitions() -> None:
     found = counts(6)
     weights = np.array([0, 2, 1, 0, 3, 0])
     index = np.repeat(np.arange(6), weights)
-    rows = np.concatenate([np.flatnonzero(found.instance_image == k) for k in index])
-    repeated = ImageCounts(
-        found.names[index],
-        found.score[index],
-        found.refined[index],
-        found.masks[index],
-        found.baseline[index],
-        found.components[index],
-        np.repeat(np.arange(6), 10),
-        found.instance_overlap[rows],
-        found.instance_right[rows],
-        found.instance_score[rows],
-        found.missed[index],
-    )
+    repeated = ImageCounts(**{field.name: getattr(found, field.name)[index] for field in dataclasses.fields(ImageCounts)})
+    repeated = dataclasses.replace(repeated, instance_image=np.arange(6))
     expected = repeated.figures(np.ones(6, np.int64))
     assert found.figures(weights) == pytest.approx(expected)
 
@@ -102,12 +98,37 @@ def test_other_images_are_refused() -> None:
         bootstrap(counts(), counts(5))
 
 
-def test_counts_survive_the_file(tmp_path: Path) -> None:
+def save(found: ImageCounts, path: Path) -> None:
+    rows = dataclasses.asdict(found) | {"names": found.names}
+    np.savez_compressed(path, allow_pickle=False, **rows)
+
+
+@pytest.mark.parametrize("with_components", [True, False])
+def test_counts_written_image_by_image_are_read_as_one(tmp_path: Path, with_components: bool) -> None:
     found = counts(3)
-    found.save(tmp_path / "a.images.npz")
+    writer = CountsWriter(tmp_path)
+    matches = [component.ComponentMatch(np.array([0.3, 0.9]), np.array([0.5])) if with_components else None for _ in range(3)]
+    for k in range(3):
+        sweep = s2m.MaskSweep.from_table(found.masks[k])
+        verdicts = instance.Verdicts(found.instance_score[:k], found.instance_right[:k], found.missed[k])
+        writer.add(
+            f"frame {k}",
+            score=found.score[k],
+            refined=found.refined[k],
+            masks=sweep,
+            baseline=sweep,
+            components=matches[k],
+            instances=verdicts,
+        )
+    writer.save(tmp_path / "a.images.npz")
     loaded = ImageCounts.load(tmp_path / "a.images.npz")
-    for field in dataclasses.fields(ImageCounts):
-        np.testing.assert_array_equal(getattr(loaded, field.name), getattr(found, field.name))
+    assert loaded.names.tolist() == ["frame 0", "frame 1", "frame 2"]
+    for key in ("score", "refined", "masks", "baseline", "missed"):
+        np.testing.assert_array_equal(getattr(loaded, key), getattr(found, key))
+    assert loaded.instance_image.tolist() == [1, 2, 2]
+    np.testing.assert_array_equal(loaded.instance_right, found.instance_right[[0, 0, 1]])
+    expected = [component.counts_at_taus(match) for match in matches if match is not None]
+    np.testing.assert_array_equal(loaded.components, np.array(expected).reshape(-1, 3, 11))
     (tmp_path / "b.images.npz").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"b\.images\.npz' cannot be read"):
         ImageCounts.load(tmp_path / "b.images.npz")
@@ -116,7 +137,7 @@ def test_counts_survive_the_file(tmp_path: Path) -> None:
 def write_report(path: Path, ap: float | None, images: int = 12, shift: float = 0.0) -> Path:
     report: dict[str, Any] = {"dataset": "d", "profile": path.stem, "images": images, "pixel": {"ap": ap, "fpr95": 0.2}, "refined": {}}
     path.write_text(json.dumps(report))
-    counts(images, shift).save(counts_path(path))
+    save(counts(images, shift), counts_path(path))
     return path
 
 

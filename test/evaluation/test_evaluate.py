@@ -16,7 +16,7 @@ from ros2_ood_seg.cli import main
 from ros2_ood_seg.config import load_profile
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.bag_writer import BagWriter
-from ros2_ood_seg.evaluation.compare import ImageCounts
+from ros2_ood_seg.evaluation.counts import ImageCounts
 from ros2_ood_seg.evaluation.datasets import LabelledImage, open_dataset
 from ros2_ood_seg.evaluation.evaluate import Evaluation, Options, evaluate_frames
 from ros2_ood_seg.pipeline import Pipeline

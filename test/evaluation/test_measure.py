@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.component import Minimum
 from ros2_ood_seg.evaluation.datasets import LabelledImage
-from ros2_ood_seg.evaluation.measure import FrameMeasure, Maps, PartStore, measure
+from ros2_ood_seg.evaluation.measure import FrameMeasure, MapCounts, Maps, measure
+from ros2_ood_seg.evaluation.store import PartStore
 
 SHAPE = (40, 60)
 
@@ -63,7 +65,10 @@ def test_parts_survive_the_disk(tmp_path: Path, exact: bool) -> None:
     one = maps([[10, 5, 20, 15]])
     found, score, refined = measure(frame(), one, Minimum(0, 0), 0 if exact else 12)
     store = PartStore(tmp_path / "parts", {"a": 1})
-    store.save(found, score, refined, b"jpeg", {"total": 2.0}, {"load": 1.0}, (one.refined, frame().label) if exact else None)
+    found = dataclasses.replace(found, timings_ms={"total": 2.0}, outside_ms={"load": 1.0})
+    store.save_pixels("0", score, refined, (one.refined, frame().label) if exact else None)
+    assert not store.has("0")
+    store.save(found, b"jpeg")
     again = PartStore(tmp_path / "parts", {"a": 1})
     assert again.has("0")
     loaded = again.load("0")
@@ -76,12 +81,19 @@ def test_parts_survive_the_disk(tmp_path: Path, exact: bool) -> None:
             kept = again.counts("0", kind, label)
             np.testing.assert_array_equal(kept.distinct(), part.distinct())
     if exact:
-        np.testing.assert_array_equal(again.map("0")[0], one.refined)
+        np.testing.assert_array_equal(again.maps("0")[0], one.refined)
+
+
+def put(store: PartStore, measured: tuple[FrameMeasure, MapCounts, MapCounts]) -> None:
+    store.save_pixels("0", *measured[1:])
+    store.save(measured[0], b"")
 
 
 def test_parts_of_other_settings_are_thrown_away(tmp_path: Path) -> None:
-    found, score, refined = measure(frame(), maps(None), Minimum(0, 0))
-    PartStore(tmp_path / "parts", {"a": 1}).save(found, score, refined, b"", {}, {})
+    put(PartStore(tmp_path / "parts", {"a": 1}), measure(frame(), maps(None), Minimum(0, 0)))
+    with pytest.raises(InputError, match="other code, weights, settings or data"):
+        PartStore(tmp_path / "parts", {"a": 2}, join=True)
+    assert PartStore(tmp_path / "parts", {"a": 1}, join=True).has("0")
     assert not PartStore(tmp_path / "parts", {"a": 2}).has("0")
 
 
@@ -95,8 +107,7 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
 
 def test_clearing_leaves_nothing_and_touches_nothing_else(tmp_path: Path) -> None:
     store = PartStore(tmp_path / "parts", {})
-    found, score, refined = measure(frame(), maps(None), Minimum(0, 0))
-    store.save(found, score, refined, b"", {}, {})
+    put(store, measure(frame(), maps(None), Minimum(0, 0)))
     beside: NDArray[np.float32] = np.zeros(1, np.float32)
     np.save(tmp_path / "mine.npy", beside)
     store.clear()

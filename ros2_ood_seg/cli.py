@@ -16,7 +16,7 @@ COMMANDS = {
     "evaluate": ("ros2_ood_seg.evaluation.cli", "measure a profile on a data set or a labelled bag"),
     "compare": ("ros2_ood_seg.evaluation.cli", "compare evaluation reports"),
     "train": ("ros2_ood_seg.training.cli", "train scorer, prompt generator or segmenter"),
-    "ablate": ("ros2_ood_seg.training.ablate_s2m", "measure what each stage of a method contributes"),
+    "ablate": ("ros2_ood_seg.training.ablate", "measure what each stage of a method contributes"),
     "calibrate": ("ros2_ood_seg.training.cli", "calibrate a scorer on in-distribution frames"),
     "weights": ("ros2_ood_seg.weights.manifest", "list, download or verify weights files"),
     "bench": ("ros2_ood_seg.bench", "measure speed"),

@@ -40,11 +40,16 @@ class CandidatePoints:
     def __call__(self, score_map: ScoreMap, ignore: Tensor | None = None) -> Prompts:
         """See :class:`ros2_ood_seg.prompts.base.PromptGenerator`."""
         config = self._config
-        raw = config.raw_threshold if config.use_raw_threshold else raw_threshold(score_map.calibration, config.threshold)
-        candidates = candidate_pixels(score_map, raw, ignore)
+        candidates = uncertain_pixels(score_map, config, ignore)
         if int(torch.count_nonzero(candidates)) < config.min_candidates:
             return Prompts.empty(score_map.device)
         return Prompts.from_points(self._sample(candidates, config))
+
+
+def uncertain_pixels(score_map: ScoreMap, config: PointPromptsConfig, ignore: Tensor | None) -> Tensor:
+    """(H, W) bool, the pixels that points may be sampled from: above the threshold of the settings, and not ignored."""
+    raw = config.raw_threshold if config.use_raw_threshold else raw_threshold(score_map.calibration, config.threshold)
+    return candidate_pixels(score_map, raw, ignore)
 
 
 class GridPoints:

@@ -6,6 +6,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
+
+from ros2_ood_seg.scorers.networks.compact import CompactNet
+from ros2_ood_seg.types import Calibration
+from ros2_ood_seg.weights.store import save_weights
 
 
 @pytest.fixture(scope="session")
@@ -77,4 +82,25 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         object_mask[0:5, 0:5] = 128
         write(root / "grabcut" / "images" / f"{name}.png", image)
         write(root / "grabcut" / "masks" / f"{name}.png", object_mask)
+    return root
+
+
+@pytest.fixture(scope="session")
+def labelled_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two labelled frames with one object each in the plain layout, and beside it ``scorer.safetensors``, a scorer of random weights."""
+    root = tmp_path_factory.mktemp("sets") / "tiny"
+    for kind in ("images", "labels"):
+        (root / kind).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for k in range(2):
+        image = np.clip(rng.normal(90, 4, (96, 160, 3)), 0, 255).astype(np.uint8)
+        label = np.zeros((96, 160), np.uint8)
+        cv2.ellipse(image, (110, 30 + 20 * k), (24, 12), 0, 0, 360, (20, 30, 220), -1)
+        cv2.ellipse(label, (110, 30 + 20 * k), (24, 12), 0, 0, 360, 1, -1)
+        cv2.imwrite(str(root / "images" / f"{k}.png"), image)
+        cv2.imwrite(str(root / "labels" / f"{k}.png"), label)
+    torch.manual_seed(0)
+    calibration = Calibration((-1.0, 1.0), (0.0, 1.0)).to_dict()
+    metadata = {"default_score": "outlier", "calibrations": {"outlier": calibration}}
+    save_weights(root.parent / "scorer.safetensors", CompactNet().state_dict(), metadata)
     return root

@@ -13,45 +13,23 @@ import torch
 
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.datasets import LabelledImage
-from ros2_ood_seg.scorers.networks.compact import CompactNet
 from ros2_ood_seg.training.ablate_s2m import OracleBoxes, Row, markdown, register
 from ros2_ood_seg.types import Calibration, ScoreMap
-from ros2_ood_seg.weights.store import save_weights
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sets") / "tiny"
-    for kind in ("images", "labels"):
-        (root / kind).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for k in range(2):
-        image = np.clip(rng.normal(90, 4, (96, 160, 3)), 0, 255).astype(np.uint8)
-        label = np.zeros((96, 160), np.uint8)
-        cv2.ellipse(image, (110, 30 + 20 * k), (24, 12), 0, 0, 360, (20, 30, 220), -1)
-        cv2.ellipse(label, (110, 30 + 20 * k), (24, 12), 0, 0, 360, 1, -1)
-        cv2.imwrite(str(root / "images" / f"{k}.png"), image)
-        cv2.imwrite(str(root / "labels" / f"{k}.png"), label)
-    torch.manual_seed(0)
-    calibration = Calibration((-1.0, 1.0), (0.0, 1.0)).to_dict()
-    metadata = {"default_score": "outlier", "calibrations": {"outlier": calibration}}
-    save_weights(root.parent / "scorer.safetensors", CompactNet().state_dict(), metadata)
-    return root
-
-
-def run(dataset: Path, output: Path, *words: str) -> int:
+def run(labelled_set: Path, output: Path, *words: str) -> int:
     parser = argparse.ArgumentParser()
     register(parser.add_subparsers())
-    settings = [f"scorer.weights={dataset.parent / 'scorer.safetensors'}", "scorer.input_width=96", "segmenter.name=grabcut"]
+    settings = [f"scorer.weights={labelled_set.parent / 'scorer.safetensors'}", "scorer.input_width=96", "segmenter.name=grabcut"]
     settings += ["prompts.boxes.method=components"]
     flags = [word for setting in settings for word in ("--set", setting)]
-    args = parser.parse_args(["ablate", "s2m", "--root", str(dataset), "--output", str(output), "--device", "cpu", *flags, *words])
+    args = parser.parse_args(["s2m", "--root", str(labelled_set), "--output", str(output), "--device", "cpu", *flags, *words])
     return int(args.run(args))
 
 
-def test_ground_truth_boxes_show_what_the_prompts_lose(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ground_truth_boxes_show_what_the_prompts_lose(labelled_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "oracle.json"
-    assert run(dataset, output, "--what", "oracle") == 0
+    assert run(labelled_set, output, "--what", "oracle") == 0
     rows = json.loads(output.read_text())["rows"]
     assert [row["variant"] for row in rows] == ["generated boxes", "ground-truth boxes"]
     assert rows[1]["iou"] > 0.6
@@ -63,9 +41,9 @@ def test_ground_truth_boxes_show_what_the_prompts_lose(dataset: Path, tmp_path: 
     assert "| tiny |" in capsys.readouterr().out
 
 
-def test_prompt_kinds_are_rows_of_one_table(dataset: Path, tmp_path: Path) -> None:
+def test_prompt_kinds_are_rows_of_one_table(labelled_set: Path, tmp_path: Path) -> None:
     output = tmp_path / "prompts.json"
-    assert run(dataset, output, "--what", "prompts", "--methods", "components", "--max-images", "1") == 0
+    assert run(labelled_set, output, "--what", "prompts", "--methods", "components", "--max-images", "1") == 0
     rows = json.loads(output.read_text())["rows"]
     assert [row["variant"] for row in rows] == ["boxes: components", "points: fps", "boxes and points: components"]
     assert rows[1]["box_recall"] == dict.fromkeys(rows[0]["box_recall"])
@@ -95,6 +73,6 @@ def test_table_shows_percent_and_leaves_out_what_is_not_there() -> None:
         (("--what", "oracle", "--profile", "nothing"), "unknown profile 'nothing'"),
     ],
 )
-def test_unusable_arguments_are_refused(dataset: Path, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+def test_unusable_arguments_are_refused(labelled_set: Path, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        run(dataset, tmp_path / "table.json", *words)
+        run(labelled_set, tmp_path / "table.json", *words)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ros2_ood_seg import __version__
-from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.errors import InputError, ProcessError
 
 # Command to the module whose register(subparsers) adds it; only the chosen one is imported, so --help is instant.
 COMMANDS = {
@@ -46,16 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        0 on success, 2 when the input cannot be used, 130 after an interrupt.
+        0 on success, 1 when another process failed, 2 when the input cannot be used, 130 after an interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in arguments if not word.startswith("-")), None)
     args = build_parser(command).parse_args(arguments)
     try:
         return int(args.run(args))
-    except InputError as error:
+    except (InputError, ProcessError) as error:
         print(f"ood-seg: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         return 130
 

@@ -13,3 +13,7 @@ class InputError(ValueError):
 
 class WeightsError(InputError):
     """A weights file is missing, damaged or of another model; the message says what was expected and where to get it."""
+
+
+class ProcessError(RuntimeError):
+    """Another process that was started to help failed, for a reason that lies in it or in the machine, not in the input."""

@@ -177,6 +177,11 @@ class BagReader:
         """When its first message was recorded, ns."""
         return int(self._reader.start_time)
 
+    @property
+    def end_ns(self) -> int:
+        """When its last message was recorded, ns."""
+        return int(self._reader.end_time) - 1
+
     def iter_raw(self, topics: Iterable[str] = (), start_ns: int | None = None, stop_ns: int | None = None) -> Iterator[RawMessage]:
         """Messages by time of recording.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from tqdm import tqdm
 
 from ros2_ood_seg.config import PipelineConfig, load_profile
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.evaluation import component, pixel
-from ros2_ood_seg.evaluation.bags import BagReader
+from ros2_ood_seg.evaluation import component, evaluate_bag, pixel
 from ros2_ood_seg.evaluation.compare import comparison
 from ros2_ood_seg.evaluation.counts import counts_path
-from ros2_ood_seg.evaluation.datasets import COMPONENT_RULE, LAYOUTS, labelled_image, open_dataset
+from ros2_ood_seg.evaluation.datasets import LAYOUTS, open_dataset
 from ros2_ood_seg.evaluation.evaluate import Evaluation, Options, dataset_stamp, load_frames
 from ros2_ood_seg.evaluation.report_page import report_html
 from ros2_ood_seg.pipeline import Pipeline
@@ -29,10 +28,6 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser("evaluate", help="measure a profile on a data set or a labelled bag")
     parser.add_argument("--dataset", choices=tuple(LAYOUTS), default="folder", help="layout of the data set")
     parser.add_argument("--root", help="folder of the data set")
-    parser.add_argument("--bag", help="recording (MCAP or sqlite3) to evaluate instead of a data set")
-    parser.add_argument("--image-topic", help="camera topic of the bag; may be left out when there is one")
-    parser.add_argument("--label-topic", help="label topic of the bag, matched by stamp: 0 normal, 1 anomaly, 255 ignore")
-    parser.add_argument("--instance-topic", help="instance label topic of the bag: 0 none, k = instance")
     parser.add_argument("--profile", default="compact", help="name of a bundled profile or path of a YAML file")
     parser.add_argument("--output", type=Path, required=True, help="report.json to write; report.html appears beside it")
     parser.add_argument("--max-images", type=int, default=0, metavar="N", help="only the first N images")
@@ -45,6 +40,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--fpr-rule", choices=pixel.FPR_RULES, default="ge", help="how fpr95 is read; all rules are in the report")
     parser.add_argument("--track", choices=("auto", *component.TRACKS), default="auto", help="minimum component sizes (SegmentMeIfYouCan)")
     parser.add_argument("--pixel-mode", choices=("auto", "exact", "coarse"), default="auto", help="pool every score, or coarsened ones")
+    evaluate_bag.add_arguments(parser)
     parser.set_defaults(run=run_evaluate)
     parser = subparsers.add_parser("compare", help="compare evaluation reports")
     parser.add_argument("reports", nargs="+", type=Path, metavar="REPORT.json", help="the first is what the others are compared with")
@@ -59,9 +55,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         InputError: Anything in the arguments or the data that cannot be used.
     """
     if bool(args.root) == bool(args.bag):
-        raise InputError("name either --root, the folder of a data set, or --bag, a recording with a label topic")
-    if args.bag and not args.label_topic:
-        raise InputError("--bag needs --label-topic, the topic of label images with 0 normal, 1 anomaly, 255 ignore")
+        raise InputError("name either --root, the folder of a data set, or --bag, one or several recordings")
     if args.max_images < 0:
         raise InputError(f"--max-images is {args.max_images}, it must be 1 or more, or 0 for all")
     output = checked_output(args.output)
@@ -112,26 +106,9 @@ def _evaluate_dataset(args: argparse.Namespace, config: PipelineConfig, output: 
 
 
 def _evaluate_bag(args: argparse.Namespace, config: PipelineConfig, output: Path) -> dict[str, Any]:
-    topics = [topic for topic in (args.label_topic, args.instance_topic) if topic]
-    with BagReader(args.bag) as bag:
-        count = next(topic.count for topic in bag.topics if topic.name == bag.image_topic(args.image_topic).name)
-        pipeline = Pipeline.from_config(config)
-        evaluation: Evaluation | None = None
-        for images in tqdm(bag.iter_labelled(args.image_topic, *topics), total=count, desc=f"{config.profile} on {args.bag}", unit="image"):
-            if args.max_images and evaluation is not None and evaluation.count == args.max_images:
-                break
-            frame = labelled_image(str(images[0].stamp_ns), images[0].rgb(), *(image.labels() for image in images[1:]))
-            if evaluation is None:
-                minimum = component.TRACKS["obstacle" if args.track == "auto" else args.track]
-                options = Options(args.fpr_rule, minimum, args.save, args.pixel_mode)
-                # Bags are read in one go, so nothing of an earlier run is used again.
-                stamp = {"started": time.time()}
-                evaluation = Evaluation(pipeline, output.with_suffix(".parts"), options, stamp, count * frame.label.size)
-            evaluation.add(frame, _external(args, frame.name))
-    if evaluation is None:
-        raise InputError(f"bag '{args.bag}' gave no labelled frames")
-    rule = f"topic {args.instance_topic}" if args.instance_topic else COMPONENT_RULE
-    return _write(evaluation, output, Path(args.bag).name, rule)
+    minimum = component.TRACKS["obstacle" if args.track == "auto" else args.track]
+    options = Options(args.fpr_rule, minimum, args.save, args.pixel_mode)
+    return evaluate_bag.evaluate_bags(args, config, output, options, partial(_external, args))
 
 
 def run_compare(args: argparse.Namespace) -> int:

@@ -49,8 +49,8 @@ def report_html(report: dict[str, Any], picture: Callable[[str], bytes], more: S
         + embedded(_bands(report))
         + "</div>"
         + _size_table(report),
-        "<h2>Scores and time</h2><div class=row>" + embedded(_reliability(report)) + embedded(_timings(report)) + "</div>",
-        "<h2>How it was measured</h2>" + _rules(report),
+        "<h2>Scores and time</h2><div class=row>" + embedded(_reliability(report)) + embedded(timings_plot(report)) + "</div>",
+        "<h2>How it was measured</h2>" + how_measured(report),
     ]
     return page(title, report, sections)
 
@@ -103,7 +103,8 @@ def _summary(report: dict[str, Any]) -> str:
     )
 
 
-def _rules(report: dict[str, Any]) -> str:
+def how_measured(report: dict[str, Any]) -> str:
+    """Rules, versions and settings."""
     rules = "".join(
         f"<tr><td>{html.escape(key)}</td><td class=rule>{html.escape(str(value))}</td></tr>" for key, value in report["rules"].items()
     )
@@ -240,7 +241,8 @@ def _reliability(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def _timings(report: dict[str, Any]) -> Figure:
+def timings_plot(report: dict[str, Any]) -> Figure:
+    """Median and 95th percentile of every stage."""
     figure, axes = new_axes("Time per image", "ms", "")
     stages = list(report["timings_ms"])[::-1]
     values = [report["timings_ms"][stage] for stage in stages]

@@ -209,7 +209,8 @@ def test_a_labelled_bag(tmp_path: Path) -> None:
     [
         ((), "either --root"),
         (("--root", "a", "--bag", "b"), "either --root"),
-        (("--bag", "b"), "--label-topic"),
+        (("--bag", "b"), "bag 'b' does not exist"),
+        (("--bag", "b", "--instance-topic", "i"), "--instance-topic needs --label-topic"),
         (("--root", "{data}", "--max-images", "-1"), "--max-images is -1"),
         (("--root", "{data}/nowhere"), "is not a folder"),
         (("--root", "{data}", "--set", "fusion.nms_iou"), "KEY=VALUE"),

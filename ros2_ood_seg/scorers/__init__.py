@@ -17,6 +17,8 @@ SCORERS = Registry(
         "sml": "ros2_ood_seg.scorers.sml:build",
         "ldn121": "ros2_ood_seg.scorers.ladder_densenet:build_plain",
         "dense_hybrid_ldn121": "ros2_ood_seg.scorers.ladder_densenet:build_dense_hybrid",
+        "segformer": "ros2_ood_seg.scorers.segformer:build_plain",
+        "gmmseg": "ros2_ood_seg.scorers.segformer:build_gmmseg",
         "torchvision_segmentation": "ros2_ood_seg.scorers.torchvision_segmentation:build",
         "rba": "ros2_ood_seg.scorers.mask2former:build_rba",
         "eam": "ros2_ood_seg.scorers.mask2former:build_eam",

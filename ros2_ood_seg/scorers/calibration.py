@@ -26,10 +26,12 @@ DEFAULT_RANGES = {
     "eam": (0.0, 1.0),
     "uno": (-1.0, 1.0),
     "mask2anomaly": (0.0, 1.0),
+    "likelihood": (-88.6, 11.4),
 }
 """Raw scores that count as 0 and 1 without a calibration: bounds where there are any; for logits and energies RPL's -30 to 0; for
 standardized max logits 0 to 6 standard deviations; for distances four times the mean of chi-squared with 256 degrees of freedom; for
-Mask2Former what a pixel gets that one mask covers with certainty, and that none covers (uno: that a negative one covers)."""
+Mask2Former what a pixel gets that one mask covers with certainty, and that none covers (uno: that a negative one covers); for GMMSeg
+a feature at the mean of a component, and one at right angles to it, with 64 dimensions and their least standard deviation of 0.1."""
 
 _LOG = logging.getLogger(__name__)
 

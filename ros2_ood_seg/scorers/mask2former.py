@@ -15,7 +15,6 @@ scorer            score per pixel                                               
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,8 @@ from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers.network import CITYSCAPES_CLASSES, NetworkScorer, RawScores, finite, only_default_score, read_checkpoint, ready
 from ros2_ood_seg.scorers.networks.deeplab import normalise_imagenet
 from ros2_ood_seg.scorers.networks.mask2former import SIZE_DIVISIBILITY, Mask2Former, Mask2FormerOutput
-from ros2_ood_seg.weights.store import WeightFile, search_dirs
+from ros2_ood_seg.scorers.transformers_folder import WEIGHTS_NAME, find_folder, load_folder
+from ros2_ood_seg.weights.store import WeightFile
 
 _QUERIES_AT_ONCE = 16
 _UNO_OUTPUTS = len(CITYSCAPES_CLASSES) + 2
@@ -141,8 +141,8 @@ def mask_scores(rule: MaskScore, class_logits: Tensor, mask_logits: Tensor, size
 
 
 def _build(config: ScorerConfig, runtime: Runtime, rule: MaskScore) -> NetworkScorer:
-    folder = _find_folder(config.weights, runtime)
-    network = _from_checkpoint(config, runtime) if folder is None else _from_folder(folder, config, runtime)
+    folder = find_folder(config.weights or config.name, runtime)
+    network = load_checkpoint(config, runtime) if folder is None else _from_folder(folder, config, runtime)
     if (network.outputs == _UNO_OUTPUTS) != (rule is UNO) and network.outputs in (_UNO_OUTPUTS, _UNO_OUTPUTS - 1):
         raise WeightsError(
             f"weights '{network.path}' have {network.outputs} outputs per query, scorer '{config.name}' needs "
@@ -171,10 +171,14 @@ def _padded(image: Tensor) -> Tensor:
     return F.pad(image, (0, -image.shape[3] % SIZE_DIVISIBILITY, 0, -image.shape[2] % SIZE_DIVISIBILITY))
 
 
-def _from_checkpoint(config: ScorerConfig, runtime: Runtime) -> LoadedNetwork:
-    """The released layouts: detectron2 (RbA, EAM, UNO), and UGainS with names of its own."""
+def load_checkpoint(config: ScorerConfig, runtime: Runtime) -> LoadedNetwork:
+    """The released layouts: detectron2 (RbA, EAM, UNO), and UGainS with names of its own.
+
+    Raises:
+        WeightsError: Missing, damaged, or of another network.
+    """
     families = ("mask2former", "mask2former_ugains")
-    weights = read_checkpoint(config, runtime, "rba" if config.name == "mask2anomaly" else config.name, families, unused=("criterion.",))
+    weights = read_checkpoint(config, runtime, config.name, families, unused=("criterion.",))
     if any(key.startswith("pixel_decoder.") for key in weights.state):
         # Lightning keeps losses and metrics beside the network.
         state = {
@@ -189,38 +193,10 @@ def _from_checkpoint(config: ScorerConfig, runtime: Runtime) -> LoadedNetwork:
 
 
 def _from_folder(folder: Path, config: ScorerConfig, runtime: Runtime) -> LoadedNetwork:
-    """A checkpoint in transformers' format: ``config.json`` and safetensors."""
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise InputError(
-            f"scorer '{config.name}' needs the Python package 'transformers' for the folder '{folder}': install it, or ros2_ood_seg[extra]"
-        ) from error
-    try:
-        model, report = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise WeightsError(f"folder '{folder}' holds no Mask2Former that transformers can load: {' '.join(str(error).split())}") from error
-    problems = [
-        f"{len(report[kind])} {kind.removesuffix('_keys')} ({', '.join(map(str, sorted(report[kind])[:3]))})"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if report.get(kind)
-    ]
-    if problems:
-        raise WeightsError(f"folder '{folder}' is not of the family 'transformers Mask2Former': {'; '.join(problems)}")
-    model = model.to(runtime.device).eval()
+    model = load_folder(folder, "Mask2FormerForUniversalSegmentation", config.name, runtime)
 
     def run(image: Tensor) -> Mask2FormerOutput:
         output = model(pixel_values=image)
         return Mask2FormerOutput(output.class_queries_logits, output.masks_queries_logits)
 
-    return LoadedNetwork(run, int(model.config.num_labels) + 1, folder / "model.safetensors")
-
-
-def _find_folder(name: str, runtime: Runtime) -> Path | None:
-    """The folder of transformers' format that a weights name or path means, None when it means a file."""
-    if not name:
-        return None
-    candidates = [Path(name)] if "/" in name else [Path(name), *(folder / name for folder in search_dirs(runtime.weights_dir))]
-    return next((path for path in candidates if (path / "config.json").is_file()), None)
+    return LoadedNetwork(run, int(model.config.num_labels) + 1, folder / WEIGHTS_NAME)

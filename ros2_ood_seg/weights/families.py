@@ -43,6 +43,7 @@ _WRN38 = ("mod1.conv1.weight", "mod7.block1.", "aspp.features.0.", "bot_fine.wei
 
 _MOBILE = ("features.0.0.weight", "aspp.features.0.", "bot_fine.weight", "final.6.weight")
 _LDN121 = ("backbone.features.denseblock4.", "spp.spp.", "upsample.upsample_layers.", "logits.conv.")
+_SEGFORMER = ("backbone.layers.0.0.projection.", "backbone.layers.0.1.0.ffn.", "decode_head.fusion_conv.conv.weight")
 
 FAMILIES = (
     Family("compact_scorer", "compact scorer of this package", "scorer.name=compact", ("features.", "class_head.", "outlier_head.")),
@@ -88,6 +89,10 @@ FAMILIES = (
         (*_LDN121, "logits_ood."),
     ),
     Family("ldn121", "Ladder-DenseNet-121", "scorer.name=ldn121", _LDN121),
+    Family(
+        "gmmseg", "GMMSeg on SegFormer (mmsegmentation)", "scorer.name=gmmseg", (*_SEGFORMER, "decode_head.means", "decode_head.diagonal")
+    ),
+    Family("segformer", "SegFormer (mmsegmentation)", "scorer.name=segformer", (*_SEGFORMER, "decode_head.conv_seg.weight")),
     Family("sam", "Segment Anything", "segmenter.name=sam", ("image_encoder.", "prompt_encoder.", "mask_decoder.")),
     Family(
         "s2m_prompt_generator",

@@ -213,7 +213,7 @@ def test_a_folder_that_lacks_weights(folder: Path, runtime: Runtime, monkeypatch
     with pytest.raises(WeightsError, match=r"1 missing \(class_predictor\.weight\)"):
         build(config("rba", folder), runtime)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match="holds no Mask2Former that transformers can load"):
+    with pytest.raises(WeightsError, match="holds no Mask2FormerForUniversalSegmentation that transformers can load"):
         build(config("rba", folder), runtime)
 
     monkeypatch.setitem(sys.modules, "transformers", None)

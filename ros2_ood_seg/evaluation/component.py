@@ -61,23 +61,28 @@ def match(predicted: NDArray[np.bool_], label: NDArray[np.uint8], minimum: Minim
         label: (H, W) uint8: 0 normal, 1 anomaly, 255 ignore.
         minimum: Least sizes; ``Minimum(0, ...)`` for the benchmark's way with masks that are not made by a threshold.
     """
-    truth, found = components(label == 1), components(predicted & (label != 255))
-    somewhere = (truth > 0) | (found > 0)
-    truth, found = truth[somewhere], found[somewhere]
-    found[np.bincount(found)[found] < minimum.predicted_px] = 0
-    ignored = (truth > 0) & (np.bincount(truth)[truth] < minimum.truth_px)
-    truth, found = truth[~ignored].astype(np.int64), found[~ignored]
-    shape = (int(truth.max(initial=0)) + 1, int(found.max(initial=0)) + 1)
-    joint = np.bincount(truth * shape[1] + found, minlength=shape[0] * shape[1]).reshape(shape)
-    # Row and column 0 are background; the others vanish where they were dropped or ignored.
-    joint = joint[np.append(True, joint[1:].any(axis=1))][:, np.append(True, joint[:, 1:].any(axis=0))]
-    truth_px, found_px = joint.sum(axis=1)[1:], joint.sum(axis=0)[1:]
-    inside = joint[1:, 1:]
+    anomalous = label == 1
+    truth, truth_px = _measured(anomalous)
+    found, found_px = _measured(predicted & (label != 255))
+    # Only on anomalous pixels does it matter which components meet.
+    pairs = truth[anomalous].astype(np.int64) * (found_px.size + 1) + found[anomalous]
+    shape = (truth_px.size + 1, found_px.size + 1)
+    joint = np.bincount(pairs, minlength=shape[0] * shape[1]).reshape(shape)[1:, 1:]
+    large = truth_px >= minimum.truth_px
+    counted_px = found_px - joint[~large].sum(axis=0)
+    kept = (found_px >= minimum.predicted_px) & (counted_px > 0)
+    inside, truth_px, found_px = joint[large][:, kept], truth_px[large], counted_px[kept]
     touching = (inside > 0).astype(np.int64)
     hit = inside.sum(axis=1)
     union = touching @ found_px + truth_px - hit
     elsewhere = touching @ inside.sum(axis=0) - hit
     return ComponentMatch(hit / (union - elsewhere), inside.sum(axis=0) / found_px)
+
+
+def _measured(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Components and the size of each, px."""
+    labels = components(mask)
+    return labels, np.bincount(labels[mask])[1:]
 
 
 @dataclass(frozen=True)

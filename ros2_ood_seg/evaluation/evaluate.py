@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,8 @@ EXACT_PIXELS = 512_000_000
 """Up to this many pixels scores are pooled exactly (about 20 bytes of disk a pixel while it runs); beyond it they are coarsened."""
 COARSE_BITS = 12
 PICTURE_WIDTH_PX = 640
+STAMP_BYTES = 1 << 20
+"""Of large weights files the beginning and the end tell two apart: weights of another training differ everywhere."""
 
 PixelMode = Literal["auto", "exact", "coarse"]
 
@@ -207,19 +210,30 @@ class Evaluation:
 
 
 def pipeline_stamp(config: PipelineConfig) -> str:
-    """A hash of everything that a pipeline's results depend on: settings, this package's code, weights files by size and time."""
+    """A hash of what a pipeline's results depend on, the same on every machine: settings, this package's code, weights files."""
     digest = hashlib.sha256(json.dumps(config.model_dump(), sort_keys=True).encode())
+    digest.update(_code_stamp())
     package = Path(ros2_ood_seg.__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.read_bytes())
     named = [Path(str(s.value)) for s in iter_settings(config) if s.kind is str and s.value]
     folders = [package / "weights", *(path for path in named if path.is_dir())]
     files = [path for path in named if path.is_file()] + [path for folder in folders for path in sorted(folder.rglob("*"))]
     for path in files:
         if path.is_file() and path.suffix not in (".py", ".pyc"):
-            status = path.stat()
-            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(STAMP_BYTES))
+                file.seek(max(0, path.stat().st_size - STAMP_BYTES))
+                digest.update(file.read())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _code_stamp() -> bytes:
+    """A hash of this package's code, as it was when it was first asked for."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(ros2_ood_seg.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.digest()
 
 
 def _save(folder: Path, name: str, maps: Maps, profile: str) -> None:

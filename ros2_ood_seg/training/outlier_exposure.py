@@ -1,18 +1,15 @@
 """Outlier exposure: road images with objects pasted into them that do not belong there (S2M section 3.3, Eqs. 3-5).
 
-Road images (inliers) come from :func:`read_camvid`, :func:`read_idd_lite`, :func:`read_cityscapes` or :func:`read_road_folder`; cut-outs
-(outliers) from :func:`read_coco`, :func:`read_coco_panoptic`, :func:`read_mask_folder` or :func:`procedural_cutout`.
+Road images (inliers) come from :mod:`~ros2_ood_seg.training.road_images`, cut-outs (outliers) from
+:mod:`~ros2_ood_seg.training.cutouts`.
 :class:`OutlierExposure` pastes the one into the other, deterministic by (seed, index), without writing to disk.
 """
 
 from __future__ import annotations
 
-import json
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from functools import cached_property, lru_cache
 from typing import Any
 
 import cv2
@@ -21,134 +18,41 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from ros2_ood_seg.errors import InputError
-
-IGNORE = 255
-"""Label of pixels that carry no information."""
-
-_INVALID = 254
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-
-# drivable, non-drivable, living things, vehicles, road-side objects, far objects, sky
-_CAMVID = {0: 6, 1: 5, 2: 4, 3: 0, 4: 1, 5: 5, 6: 4, 7: 4, 8: 3, 9: 2, 10: 2, 11: IGNORE}
-_IDD_LITE = {**{k: k for k in range(7)}, IGNORE: IGNORE}
-_CITYSCAPES_IDS = {
-    **dict.fromkeys(range(34), IGNORE),
-    **{7: 0, 8: 1, 9: 0, 10: 1, 11: 5, 12: 5, 13: 4, 14: 4, 15: 5, 16: 5, 17: 4, 18: 4, 19: 4, 20: 4, 21: 5, 22: 1, 23: 6},
-    **{24: 2, 25: 2, 26: 3, 27: 3, 28: 3, 29: 3, 30: 3, 31: 3, 32: 3, 33: 3},
-}
-
-KNOWN_CLASSES: Mapping[str, int] = {
-    "person": 2,
-    "bicycle": 3,
-    "car": 3,
-    "motorcycle": 3,
-    "bus": 3,
-    "truck": 3,
-    "train": 3,
-    "traffic light": 4,
-    "stop sign": 4,
-}
-"""COCO classes that Cityscapes knows, with their in-distribution class: never anomalies."""
-
-AMBIGUOUS_CLASSES = frozenset(
-    {"fire hydrant", "parking meter", "bench", "potted plant", "backpack", "handbag", "umbrella", "tie", "dining table"}
+from ros2_ood_seg.training.cutouts import Cutout, procedural_cutout, procedural_outline, read_coco, read_coco_panoptic, read_mask_folder
+from ros2_ood_seg.training.road_images import (
+    IGNORE,
+    RoadImage,
+    is_held_out,
+    list_images,
+    read_camvid,
+    read_cityscapes,
+    read_idd_lite,
+    read_rgb,
+    read_road_folder,
 )
-"""COCO classes that belong to streets or to people, or whose masks hold other things: pasted in neither role."""
 
-
-@dataclass(frozen=True)
-class RoadImage:
-    """One in-distribution frame.
-
-    Args:
-        image: Picture file.
-        label: Label file in the data set's own values, or None when there are no classes.
-        classes: The data set's label values to the common classes (see the compact network) or :data:`IGNORE`.
-    """
-
-    image: Path
-    label: Path | None
-    classes: Mapping[int, int]
-
-    def read(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """(H, W, 3) RGB image and (H, W) common classes, :data:`IGNORE` everywhere without a label file.
-
-        Raises:
-            InputError: Unreadable file, sizes that differ, or a label value outside the layout.
-        """
-        image = read_rgb(self.image)
-        if self.label is None:
-            return image, np.full(image.shape[:2], IGNORE, np.uint8)
-        raw = cv2.imread(str(self.label), cv2.IMREAD_UNCHANGED)
-        if raw is None or raw.ndim != 2:
-            raise InputError(f"label '{self.label}' cannot be read as an image of one channel")
-        if raw.shape != image.shape[:2]:
-            raise InputError(f"label '{self.label}' is {raw.shape[1]}x{raw.shape[0]}, its image is {image.shape[1]}x{image.shape[0]}")
-        table = np.full(256, _INVALID, np.uint8)
-        table[list(self.classes)] = list(self.classes.values())
-        semantic = table[raw]
-        if (semantic == _INVALID).any():
-            found = sorted(int(v) for v in np.unique(raw[semantic == _INVALID]))
-            raise InputError(f"label '{self.label}' holds values {found} outside its layout, allowed: {sorted(self.classes)}")
-        return image, semantic
-
-
-@dataclass(frozen=True, eq=False)
-class Cutout:
-    """One object that can be pasted; read from disk only when used.
-
-    Args:
-        image: Picture file.
-        group: Image or sequence it comes from; training and validation are split by it.
-        polygons: Outlines, each (K, 2) float px, or None when ``mask`` is given.
-        mask: Mask file, or None when ``polygons`` are given.
-        mask_id: Value of the object in ``mask`` (panoptic: R + 256 G + 65536 B).
-        semantic: The in-distribution class of an object that Cityscapes knows, or :data:`IGNORE` for an anomaly.
-    """
-
-    image: Path
-    group: str
-    polygons: tuple[NDArray[np.float32], ...] | None = None
-    mask: Path | None = None
-    mask_id: int = 255
-    semantic: int = IGNORE
-
-    @property
-    def is_anomaly(self) -> bool:
-        """Whether Cityscapes does not know its class."""
-        return self.semantic == IGNORE
-
-    def read(self) -> NDArray[np.uint8]:
-        """(h, w, 4) RGBA, cropped to the object.
-
-        Raises:
-            InputError: Unreadable files, or a mask that is empty or of another size.
-        """
-        image = read_rgb(self.image)
-        alpha = self.mask_in((image.shape[0], image.shape[1]))
-        x, y, w, h = cv2.boundingRect(alpha)
-        return np.dstack([image, alpha])[y : y + h, x : x + w]
-
-    def mask_in(self, shape_hw: tuple[int, int]) -> NDArray[np.uint8]:
-        """(H, W) uint8, 255 on the object, for a picture of that shape.
-
-        Raises:
-            InputError: An unreadable mask, or one that is empty or of another size.
-        """
-        alpha = np.zeros(shape_hw, np.uint8)
-        if self.polygons is not None:
-            # COCO counts from pixel corners, OpenCV from pixel centres.
-            cv2.fillPoly(alpha, [np.round((p - 0.5) * 8).astype(np.int32) for p in self.polygons], 255, shift=3)
-        else:
-            raw = cv2.imread(str(self.mask), cv2.IMREAD_UNCHANGED)
-            if raw is None or raw.shape[:2] != shape_hw:
-                raise InputError(f"mask '{self.mask}' cannot be read or differs in size from '{self.image}'")
-            if raw.ndim == 3:
-                raw = raw[..., 2].astype(np.int32) + 256 * raw[..., 1].astype(np.int32) + 65536 * raw[..., 0].astype(np.int32)
-            alpha[raw == self.mask_id] = 255
-        if not alpha.any():
-            raise InputError(f"the mask of an object of '{self.image}' is empty")
-        return alpha
+__all__ = [
+    "IGNORE",
+    "Cutout",
+    "OutlierExposure",
+    "PasteSettings",
+    "RoadImage",
+    "RoadSample",
+    "contact_sheet",
+    "is_held_out",
+    "list_images",
+    "procedural_cutout",
+    "procedural_outline",
+    "read_camvid",
+    "read_cityscapes",
+    "read_coco",
+    "read_coco_panoptic",
+    "read_idd_lite",
+    "read_mask_folder",
+    "read_rgb",
+    "read_road_folder",
+    "tight_boxes_xyxy",
+]
 
 
 @dataclass(frozen=True)
@@ -161,7 +65,8 @@ class PasteSettings:
         objects_per_image: Range of the number of anomalies, inclusive.
         known_per_image: Range of the number of pasted objects of known classes (labelled normal), inclusive.
         object_px: Range of an object's longest side in the sample, log-uniform.
-        object_scales: Scale factors of the cut-out to choose from instead of ``object_px``; empty for none.
+        object_scales: As S2M instead of all that follows on size and place: cut-outs, never mirrored, are scaled by one of these factors,
+            cut to the sample if larger, and lie anywhere entirely inside it; empty for none.
         procedural: Chance that an anomaly is a random blob or the outline of any cut-out, filled with a piece of another picture (without
             cut-outs: with a random texture).
         illumination: Chance of sunlit and shaded patches, labelled normal.
@@ -169,10 +74,12 @@ class PasteSettings:
         perspective: Chance that an object's size follows its height in the image as on a flat road.
         on_road: Chance that an object stands on a pixel labelled drivable, where there are any.
         harmonise: Chance that an object takes over colour and brightness of its surroundings, by a random share.
+        blur: Chance that an object sharper than the frame is blurred to its sharpness.
         feather: Chance of a soft edge.
         shadow: Chance of a soft contact shadow.
         native: Chance to paste at the frame's own resolution, so that object and frame are equally sharp.
-        augment: Flip, brightness, colour, gamma, blur, noise and JPEG of the finished sample.
+        mirror: Chance that the finished sample is mirrored.
+        augment: Brightness, colour, gamma, blur, noise and JPEG of the finished sample.
     """
 
     crop_hw: tuple[int, int] = (288, 480)
@@ -186,15 +93,17 @@ class PasteSettings:
     perspective: float = 0.5
     on_road: float = 0.65
     harmonise: float = 0.4
+    blur: float = 0.0
     feather: float = 0.8
     shadow: float = 0.3
     native: float = 0.35
     illumination: float = 0.7
+    mirror: float = 0.5
     augment: bool = True
 
     @classmethod
     def published(cls) -> PasteSettings:
-        """S2M: one object, hard edge, uniformly random place, 700x700 crops, fixed scales."""
+        """S2M: one cut-out, hard edge, uniformly random place, mirrored 700x700 crops, fixed scales."""
         return cls(
             crop_hw=(700, 700),
             frame_width_px=(2048.0, 2048.0),
@@ -213,13 +122,18 @@ class PasteSettings:
         )
 
     def __post_init__(self) -> None:
-        for name in ("procedural", "perspective", "on_road", "harmonise", "feather", "shadow", "native", "illumination"):
+        for name in ("procedural", "perspective", "on_road", "harmonise", "blur", "feather", "shadow", "native", "illumination", "mirror"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"paste setting '{name}' is {getattr(self, name)}, allowed: a number from 0 to 1")
         for name in ("frame_width_px", "objects_per_image", "known_per_image", "object_px"):
             low, high = getattr(self, name)
             if low < 0 or high < low:
                 raise InputError(f"paste setting '{name}' is {(low, high)}, allowed: a range from low to high, not negative")
+        if min(self.crop_hw) < 16 or min(self.frame_width_px[0], self.object_px[0]) <= 0 or min(self.object_scales, default=1.0) <= 0:
+            raise InputError(
+                f"paste settings 'crop_hw' {self.crop_hw}, 'frame_width_px' {self.frame_width_px}, 'object_px' {self.object_px} and "
+                f"'object_scales' {self.object_scales}, allowed: crops of 16 px or more, all else positive"
+            )
 
 
 @dataclass(frozen=True)
@@ -303,7 +217,7 @@ class OutlierExposure(Dataset[RoadSample]):
             return self._procedural(rng), IGNORE
         pool = self.anomalies if is_anomaly else self.known
         cutout = pool[rng.integers(len(pool))]
-        return _cached(cutout), cutout.semantic
+        return cutout.read() if self.settings.object_scales else _cached(cutout), cutout.semantic
 
     def _procedural(self, rng: np.random.Generator) -> NDArray[np.uint8]:
         rgba = procedural_cutout(rng, int(rng.integers(48, 240)))
@@ -348,31 +262,19 @@ class _Canvas:
 
     def paste(self, cutout: tuple[NDArray[np.uint8], int], rng: np.random.Generator) -> None:
         rgba, semantic = cutout
-        s = self.settings
-        height, width = self.image.shape[:2]
-        foot_x, foot_y = self._foot(rng)
-        longest = max(rgba.shape[:2])
-        if s.object_scales:
-            size = longest * float(rng.choice(s.object_scales))
-        elif rng.random() < s.perspective and foot_y > self.horizon_y + 4:
-            # On a flat road seen from 1.5 m, an object of that height reaches from its foot to the horizon.
-            size = (foot_y - self.horizon_y) * _log_uniform(rng, (0.08, 1.2))
+        if self.settings.object_scales:
+            rgba, x, y = self._anywhere(rgba, rng)
         else:
-            size = self.scale * _log_uniform(rng, s.object_px)
-        size = min(max(size, self.scale * s.object_px[0], 6.0), 2.0 * longest)
-        stretch = 1.0 if s.object_scales else _log_uniform(rng, (0.8, 1.25))
-        h = max(2, round(rgba.shape[0] * size / longest))
-        w = max(2, round(rgba.shape[1] * size / longest * stretch))
-        if rng.random() < 0.5:
-            rgba = rgba[:, ::-1]
-        rgba = _resize(rgba, (h, w))
-        x, y = round(foot_x - w / 2), round(foot_y - h)
+            rgba, x, y = self._standing(rgba, rng)
+        height, width = self.image.shape[:2]
+        h, w = rgba.shape[:2]
         left, top = max(0, -x), max(0, -y)
         right, bottom = min(w, width - x), min(h, height - y)
         if right - left < 2 or bottom - top < 2:
             return
         rgba = rgba[top:bottom, left:right]
         rows, columns = slice(y + top, y + bottom), slice(x + left, x + right)
+        s = self.settings
         if rng.random() < s.shadow:
             self._shade(x + w / 2, y + h, w, rng)
         under = self.image[rows, columns].astype(np.float32)
@@ -380,6 +282,8 @@ class _Canvas:
         alpha = rgba[..., 3].astype(np.float32) / 255.0
         if rng.random() < s.harmonise:
             over = _harmonised(over, alpha, under, rng)
+        if s.blur and rng.random() < s.blur:
+            over = _no_sharper(over, self._frame_sharpness)
         if rng.random() < s.feather:
             alpha = cv2.GaussianBlur(alpha, (0, 0), float(rng.uniform(0.4, 1.2)))
         self.image[rows, columns] = np.clip(under + alpha[..., None] * (over - under) + 0.5, 0, 255).astype(np.uint8)
@@ -388,6 +292,39 @@ class _Canvas:
         if semantic == IGNORE:
             self.count += 1
         self.instances[rows, columns][inside] = self.count if semantic == IGNORE else 0
+
+    def _standing(self, rgba: NDArray[np.uint8], rng: np.random.Generator) -> tuple[NDArray[np.uint8], int, int]:
+        """The cut-out at its size in the canvas, and the column and row of its upper left corner, which may lie outside."""
+        s = self.settings
+        foot_x, foot_y = self._foot(rng)
+        longest = max(rgba.shape[:2])
+        if rng.random() < s.perspective and foot_y > self.horizon_y + 4:
+            # On a flat road seen from 1.5 m, an object of that height reaches from its foot to the horizon.
+            size = (foot_y - self.horizon_y) * _log_uniform(rng, (0.08, 1.2))
+        else:
+            size = self.scale * _log_uniform(rng, s.object_px)
+        size = min(max(size, self.scale * s.object_px[0], 6.0), 2.0 * longest)
+        stretch = _log_uniform(rng, (0.8, 1.25))
+        h = max(2, round(rgba.shape[0] * size / longest))
+        w = max(2, round(rgba.shape[1] * size / longest * stretch))
+        if rng.random() < 0.5:
+            rgba = rgba[:, ::-1]
+        return _resize(rgba, (h, w)), round(foot_x - w / 2), round(foot_y - h)
+
+    def _anywhere(self, rgba: NDArray[np.uint8], rng: np.random.Generator) -> tuple[NDArray[np.uint8], int, int]:
+        """As :meth:`_standing` in the published way."""
+        height, width = self.image.shape[:2]
+        scale = float(rng.choice(self.settings.object_scales))
+        shape = (max(2, round(rgba.shape[0] * scale)), max(2, round(rgba.shape[1] * scale)))
+        rgba = np.dstack([_resize(rgba[..., :3], shape), _resize_labels(rgba[..., 3], shape)])
+        h, w = min(height, shape[0]), min(width, shape[1])
+        top, left = (shape[0] - h) // 2, (shape[1] - w) // 2
+        x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+        return rgba[top : top + h, left : left + w], x, y
+
+    @cached_property
+    def _frame_sharpness(self) -> float:
+        return _sharpness(self.image)
 
     def relight(self, rng: np.random.Generator) -> None:
         height, width = self.image.shape[:2]
@@ -409,9 +346,9 @@ class _Canvas:
         shape = self.settings.crop_hw
         image = _resize(self.image, shape)
         semantic, ids = _resize_labels(self.semantic, shape), _resize_labels(self.instances, shape)
+        if rng.random() < self.settings.mirror:
+            image, semantic, ids = image[:, ::-1], semantic[:, ::-1], ids[:, ::-1]
         if self.settings.augment:
-            if rng.random() < 0.5:
-                image, semantic, ids = image[:, ::-1], semantic[:, ::-1], ids[:, ::-1]
             image = _photometric(np.ascontiguousarray(image), rng)
         present = np.flatnonzero(np.bincount(ids.ravel(), minlength=self.count + 1)[1:]) + 1
         renumber = np.zeros(self.count + 1, np.int32)
@@ -458,187 +395,6 @@ def tight_boxes_xyxy(instances: NDArray[np.int32]) -> NDArray[np.float32]:
     return boxes
 
 
-def procedural_outline(rng: np.random.Generator, size_px: int) -> NDArray[np.uint8]:
-    """A random blob.
-
-    Args:
-        rng: Source of randomness.
-        size_px: Its width and height.
-
-    Returns:
-        (size_px, size_px) uint8, 255 inside.
-    """
-    angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
-    radius = np.ones_like(angles)
-    for k in range(1, 6):
-        radius += rng.normal(0, 0.35 / k) * np.cos(k * angles + rng.uniform(0, 2 * np.pi))
-    radius = np.maximum(radius, 0.15)
-    points = np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
-    points = (points - points.min(0)) / np.ptp(points, axis=0) * (size_px - 1)
-    alpha = np.zeros((size_px, size_px), np.uint8)
-    cv2.fillPoly(alpha, [np.round(points).astype(np.int32)], 255)
-    return alpha
-
-
-def procedural_cutout(rng: np.random.Generator, size_px: int) -> NDArray[np.uint8]:
-    """A random blob with a random texture.
-
-    Args:
-        rng: Source of randomness.
-        size_px: Longest side.
-
-    Returns:
-        (size_px, size_px, 4) uint8 RGBA.
-    """
-    alpha = procedural_outline(rng, size_px)
-    yy, xx = np.mgrid[0:size_px, 0:size_px].astype(np.float32) / size_px
-    kind = rng.integers(3)
-    if kind == 0:
-        pattern = sum(
-            cv2.resize(rng.random((n, n), np.float32), (size_px, size_px), interpolation=cv2.INTER_CUBIC) / k
-            for k, n in enumerate((3, 7, 15, 40), start=1)
-        )
-        pattern = np.asarray(pattern, np.float32) / 2.0
-    elif kind == 1:
-        angle = rng.uniform(0, np.pi)
-        pattern = 0.5 + 0.5 * np.sign(np.sin(rng.uniform(10, 80) * (xx * np.cos(angle) + yy * np.sin(angle))))
-    else:
-        pattern = np.full_like(xx, 0.5)
-    first, second = rng.uniform(0, 255, (2, 3)).astype(np.float32)
-    colour = first + np.clip(pattern, 0, 1)[..., None] * (second - first)
-    light = 1.0 + rng.uniform(-0.5, 0.5) * (xx - 0.5) + rng.uniform(-0.6, 0.2) * (yy - 0.5)
-    return np.dstack([np.clip(colour * light[..., None], 0, 255).astype(np.uint8), alpha])
-
-
-def read_camvid(root: Path, split: str) -> list[RoadImage]:
-    """``root/<split>/images`` and ``labels``, 12 label values as in the SegNet copy of CamVid."""
-    return _paired(root / split, _CAMVID, "CamVid")
-
-
-def read_idd_lite(root: Path, split: str) -> list[RoadImage]:
-    """``root/<split>/images`` and ``labels``, level 1 of the IDD hierarchy."""
-    return _paired(root / split, _IDD_LITE, "IDD-Lite")
-
-
-def read_cityscapes(root: Path, split: str) -> list[RoadImage]:
-    """``root/leftImg8bit/<split>/<city>`` and ``root/gtFine/<split>/<city>``, label ids."""
-    images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
-    if not images:
-        raise InputError(f"no Cityscapes images under '{root / 'leftImg8bit' / split}', expected <city>/*_leftImg8bit.png")
-    items = []
-    for image in images:
-        label = root / "gtFine" / split / image.parent.name / image.name.replace("_leftImg8bit", "_gtFine_labelIds")
-        if not label.is_file():
-            raise InputError(f"Cityscapes image '{image}' has no label '{label}'")
-        items.append(RoadImage(image, label, _CITYSCAPES_IDS))
-    return _verified(items)
-
-
-def read_road_folder(root: Path) -> list[RoadImage]:
-    """A folder of road pictures without labels."""
-    return [RoadImage(path, None, {}) for path in list_images(root)]
-
-
-def read_coco(root: Path, *, min_area_px: int = 400) -> list[Cutout]:
-    """COCO layout: ``root/images`` and ``root/instances.json`` with polygons; crowds are left out.
-
-    Raises:
-        InputError: The annotation file is missing or malformed, an image is missing, or nothing usable is left.
-    """
-    tree = _read_json(root / "instances.json")
-    try:
-        names = {c["id"]: c["name"] for c in tree["categories"]}
-        files = {i["id"]: root / "images" / i["file_name"] for i in tree["images"]}
-        cutouts = []
-        for item in tree["annotations"]:
-            role = _role(names[item["category_id"]])
-            shapes = item["segmentation"]
-            if item.get("iscrowd") or role is None or item["area"] < min_area_px or not isinstance(shapes, list):
-                continue
-            path = files[item["image_id"]]
-            polygons = tuple(np.asarray(p, np.float32).reshape(-1, 2) for p in shapes)
-            cutouts.append(Cutout(path, f"coco/{path.stem}", polygons=polygons, semantic=role))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"'{root / 'instances.json'}' is not in the COCO instances layout: {error!r}") from error
-    return _existing(cutouts, root)
-
-
-def read_coco_panoptic(root: Path, *, min_area_px: int = 400) -> list[Cutout]:
-    """COCO panoptic layout: ``root/images``, ``root/panoptic/*.png`` and ``root/panoptic.json``; things only, crowds are left out."""
-    tree = _read_json(root / "panoptic.json")
-    try:
-        names = {c["id"]: c["name"] for c in tree["categories"] if c["isthing"]}
-        files = {i["id"]: root / "images" / i["file_name"] for i in tree["images"]}
-        cutouts = []
-        for item in tree["annotations"]:
-            path, mask = files[item["image_id"]], root / "panoptic" / item["file_name"]
-            for segment in item["segments_info"]:
-                role = _role(names[segment["category_id"]]) if segment["category_id"] in names else None
-                if segment.get("iscrowd") or role is None or segment["area"] < min_area_px:
-                    continue
-                cutouts.append(Cutout(path, f"coco/{path.stem}", mask=mask, mask_id=int(segment["id"]), semantic=role))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"'{root / 'panoptic.json'}' is not in the COCO panoptic layout: {error!r}") from error
-    return _existing(cutouts, root)
-
-
-def read_mask_folder(root: Path, *, keep: Callable[[str], bool] = lambda name: True) -> list[Cutout]:
-    """``root/images`` and ``root/masks`` (PNG, 255 object), flat or one sub-folder per sequence; all objects are anomalies.
-
-    Args:
-        root: The folder.
-        keep: Whether to use the image or sequence of this name.
-
-    Raises:
-        InputError: No images, an image without a mask, or a mask without an image.
-    """
-    images = list_images(root / "images", recursive=True)
-    masks = {path.relative_to(root / "masks").with_suffix("") for path in list_images(root / "masks", recursive=True)}
-    cutouts = []
-    for image in images:
-        relative = image.relative_to(root / "images").with_suffix("")
-        if relative not in masks:
-            raise InputError(f"image '{image}' has no mask '{root / 'masks' / relative}.png'")
-        masks.remove(relative)
-        name = relative.parts[0]
-        if keep(name):
-            cutouts.append(Cutout(image, f"{root.name}/{name}", mask=root / "masks" / relative.with_suffix(".png")))
-    if masks:
-        raise InputError(f"mask '{root / 'masks' / min(masks)}.png' matches no image in '{root / 'images'}'")
-    return _existing(cutouts, root)
-
-
-def list_images(folder: Path, *, recursive: bool = False) -> list[Path]:
-    """The pictures of a folder, sorted.
-
-    Raises:
-        InputError: There is no such folder, or it holds no pictures.
-    """
-    if not folder.is_dir():
-        raise InputError(f"folder '{folder}' does not exist")
-    paths = sorted(p for p in folder.glob("**/*" if recursive else "*") if p.suffix.lower() in _IMAGE_SUFFIXES)
-    if not paths:
-        raise InputError(f"folder '{folder}' holds no pictures ({', '.join(_IMAGE_SUFFIXES)})")
-    return paths
-
-
-def read_rgb(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB.
-
-    Raises:
-        InputError: The file is missing or no picture.
-    """
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if image is None:
-        raise InputError(f"picture '{path}' cannot be read")
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
-
-
-def is_held_out(group: str, fraction: float) -> bool:
-    """Whether an image or sequence of this name belongs to the held-out share; always the same answer."""
-    return zlib.crc32(group.encode()) % 1000 < 1000 * fraction
-
-
 def contact_sheet(samples: Iterable[RoadSample], columns: int = 4) -> NDArray[np.uint8]:
     """Samples side by side with anomalies outlined in red and boxes in yellow, (H, W, 3) uint8 RGB."""
     tiles = []
@@ -673,6 +429,21 @@ def _harmonised(
     common = shift.mean()
     contrast = rng.uniform(0.6, 1.1)
     return np.asarray((over - mean) * contrast + mean + brightness * common + colour * (shift - common), np.float32)
+
+
+def _sharpness(image: NDArray[Any]) -> float:
+    """Second over first derivatives, which blur lowers and contrast leaves alone."""
+    grey = np.asarray(image, np.float32).mean(axis=2)
+    slope = np.abs(cv2.Sobel(grey, cv2.CV_32F, 1, 0)).mean() + np.abs(cv2.Sobel(grey, cv2.CV_32F, 0, 1)).mean()
+    return float(np.abs(cv2.Laplacian(grey, cv2.CV_32F)).mean() / max(slope, 1e-3))
+
+
+def _no_sharper(over: NDArray[np.float32], limit: float) -> NDArray[np.float32]:
+    for sigma in (0.0, 0.5, 0.8, 1.2, 1.8):
+        blurred = np.asarray(cv2.GaussianBlur(over, (0, 0), sigma), np.float32) if sigma else over
+        if _sharpness(blurred) <= limit:
+            break
+    return blurred
 
 
 def _photometric(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -720,39 +491,3 @@ def _log_uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float
 
 def _draw(rng: np.random.Generator, bounds: tuple[int, int]) -> int:
     return int(rng.integers(bounds[0], bounds[1] + 1))
-
-
-def _role(name: str) -> int | None:
-    return None if name in AMBIGUOUS_CLASSES else KNOWN_CLASSES.get(name, IGNORE)
-
-
-def _paired(folder: Path, classes: Mapping[int, int], layout: str) -> list[RoadImage]:
-    images = list_images(folder / "images")
-    labels = {path.stem: path for path in list_images(folder / "labels")}
-    missing = [path.name for path in images if path.stem not in labels]
-    extra = sorted(labels.keys() - {path.stem for path in images})
-    if missing or extra:
-        raise InputError(f"{layout} folder '{folder}': image without label {missing[:3]}, label without image {extra[:3]}")
-    return _verified([RoadImage(path, labels[path.stem], classes) for path in images])
-
-
-def _verified(items: list[RoadImage], count: int = 16) -> list[RoadImage]:
-    for k in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int):
-        items[k].read()
-    return items
-
-
-def _existing(cutouts: list[Cutout], root: Path) -> list[Cutout]:
-    if not cutouts:
-        raise InputError(f"'{root}' holds no usable objects")
-    for path in {p for c in cutouts for p in (c.image, c.mask) if p is not None}:
-        if not path.is_file():
-            raise InputError(f"'{root}' names the file '{path}', which does not exist")
-    return cutouts
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"annotation file '{path}' cannot be read: {error}") from error

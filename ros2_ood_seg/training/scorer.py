@@ -61,6 +61,7 @@ class ScorerData:
         coco_panoptic: COCO panoptic layout.
         objects: Folders of images and masks; pictures named after VOC or after people are left out, and DAVIS sequences with people.
         held_out: Share of ``roads`` pictures and of cut-outs kept for validation and calibration.
+        whole_pictures: COCO instances as S2M uses them, see :func:`~ros2_ood_seg.training.cutouts.read_coco`.
     """
 
     camvid: Path | None = None
@@ -71,6 +72,7 @@ class ScorerData:
     coco_panoptic: Path | None = None
     objects: Sequence[Path] = ()
     held_out: float = 0.25
+    whole_pictures: bool = False
 
     def read(self, *, held_out: bool) -> tuple[list[list[RoadImage]], list[Cutout]]:
         """The road images by source and the cut-outs of one side of the split.
@@ -89,11 +91,12 @@ class ScorerData:
         sources += [
             [road for road in read_road_folder(folder) if is_held_out(road.image.stem, self.held_out) == held_out] for folder in self.roads
         ]
-        cutouts = [*(read_coco(self.coco) if self.coco else []), *(read_coco_panoptic(self.coco_panoptic) if self.coco_panoptic else [])]
+        cutouts = read_coco(self.coco, whole_pictures=self.whole_pictures) if self.coco else []
+        cutouts += read_coco_panoptic(self.coco_panoptic) if self.coco_panoptic else []
         for folder in self.objects:
             cutouts += read_mask_folder(folder, keep=_is_clean_anomaly if folder.name != "davis" else _DAVIS_ANIMALS.__contains__)
-        if not sources or not cutouts:
-            raise InputError("training the scorer needs at least one set of road images and one of objects")
+        if not sources:
+            raise InputError("training needs at least one set of road images: --camvid, --idd-lite, --cityscapes or --roads")
         return sources, [c for c in cutouts if is_held_out(c.group, self.held_out * 0.6) == held_out]
 
 

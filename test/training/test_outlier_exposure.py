@@ -36,6 +36,11 @@ from ros2_ood_seg.training.outlier_exposure import (
 SMALL = PasteSettings(crop_hw=(64, 96), frame_width_px=(100, 300), object_px=(6, 60))
 
 
+def write(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), image)
+
+
 @pytest.fixture
 def dataset(data_dir: Path) -> OutlierExposure:
     roads = [read_camvid(data_dir / "camvid", "train"), read_road_folder(data_dir / "roads")]
@@ -107,13 +112,99 @@ def test_known_objects_are_normal_and_keep_their_class(data_dir: Path) -> None:
     assert sum(np.count_nonzero(s.semantic == 2) for s in samples) > 100
 
 
-def test_published_recipe_pastes_one_object(data_dir: Path) -> None:
-    dataset = OutlierExposure(
-        [read_cityscapes(data_dir / "cityscapes", "train")], read_coco(data_dir / "coco"), PasteSettings.published(), 0, 4
-    )
-    for k in range(4):
-        assert dataset[k].image.shape == (700, 700, 3)
-        assert len(dataset[k].boxes_xyxy) <= 1
+def test_published_recipe_pastes_one_whole_object(tmp_path: Path) -> None:
+    write(tmp_path / "roads/grey.png", np.full((720, 1000, 3), 90, np.uint8))
+    for name in ("images", "masks"):
+        write(tmp_path / f"things/{name}/red.png", np.full((600, 500, 3 if name == "images" else 1), 255, np.uint8))
+    published = replace(PasteSettings.published(), crop_hw=(160, 240), frame_width_px=(1000.0, 1000.0))
+    roads, cutouts = [read_road_folder(tmp_path / "roads")], read_mask_folder(tmp_path / "things")
+    samples = [OutlierExposure(roads, cutouts, published, 0, 60)[k] for k in range(60)]
+    boxes = np.concatenate([sample.boxes_xyxy for sample in samples])
+    # Every sample holds the whole object, at one of the published scales, or as much of it as the sample can hold.
+    assert len(boxes) == 60
+    sizes = {(int(x1 - x0), int(y1 - y0)) for x0, y0, x1, y1 in boxes}
+    assert sizes == {(125, 150), (240, 160), (50, 60), (62, 75)}
+    assert (boxes[:, 0].min(), boxes[:, 2].max()) == (0, 240)
+    assert all(np.array_equal(sample.anomaly == 1, (sample.image == 255).all(axis=2)) for sample in samples)
+
+
+def test_published_frames_are_mirrored_in_half_of_the_samples(tmp_path: Path) -> None:
+    ramp = np.tile(np.arange(0, 250, dtype=np.uint8)[None, :, None], (180, 1, 3))
+    write(tmp_path / "roads/ramp.png", ramp)
+    bare = replace(PasteSettings.published(), crop_hw=(180, 250), frame_width_px=(250.0, 250.0), objects_per_image=(0, 0))
+    samples = [OutlierExposure([read_road_folder(tmp_path / "roads")], [], bare, 0, 40)[k].image for k in range(40)]
+    mirrored = [np.array_equal(sample, ramp[:, ::-1]) for sample in samples]
+    assert 10 <= sum(mirrored) <= 30
+    assert all(is_mirrored or np.array_equal(sample, ramp) for is_mirrored, sample in zip(mirrored, samples, strict=True))
+
+
+def test_objects_take_over_the_blur_of_the_frame(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    checks = (np.indices((80, 80)).sum(axis=0) // 4 % 2 * 200 + 20).astype(np.uint8)
+    scene = cv2.GaussianBlur(rng.integers(0, 255, (100, 160, 3), np.uint8), (0, 0), 3.0)
+    write(tmp_path / "roads/soft.png", scene)
+    write(tmp_path / "things/images/checks.png", np.dstack([checks] * 3))
+    write(tmp_path / "things/masks/checks.png", np.full((80, 80), 255, np.uint8))
+    roads, cutouts = [read_road_folder(tmp_path / "roads")], read_mask_folder(tmp_path / "things")
+    base = replace(PasteSettings.published(), crop_hw=(100, 160), frame_width_px=(160.0, 160.0), object_scales=(1.0,), mirror=0.0)
+    (sharp,), (soft,) = ([OutlierExposure(roads, cutouts, replace(base, blur=blur), 1, 1)[0]] for blur in (0.0, 1.0))
+    assert np.array_equal(sharp.boxes_xyxy, soft.boxes_xyxy)
+    x0, y0, x1, y1 = sharp.boxes_xyxy[0].astype(int)
+    steps = [np.abs(np.diff(s.image[y0:y1, x0:x1, 0].astype(int), axis=1)).max() for s in (sharp, soft)]
+    assert steps[0] == 200
+    assert steps[1] < 120
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")
+def test_whole_pictures_leave_out_known_classes_and_small_ones(tmp_path: Path) -> None:
+    square = [[10, 10, 60, 10, 60, 60, 10, 60]]
+    shifted = [[40, 40, 90, 40, 90, 90, 40, 90]]
+    crowd = {"size": [500, 640], "counts": [0, 500 * 5, 500 * 635]}
+    item = {"area": 2500, "iscrowd": 0}
+    tree = {
+        "images": [{"id": k, "file_name": f"{k}.png", "height": 500 if k != 2 else 400, "width": 640} for k in range(3)],
+        "categories": [{"id": 1, "name": "person"}, {"id": 2, "name": "bench"}, {"id": 3, "name": "zebra"}, {"id": 4, "name": "train"}],
+        "annotations": [
+            {**item, "image_id": 0, "category_id": 2, "segmentation": square},
+            {**item, "image_id": 0, "category_id": 3, "segmentation": shifted},
+            {**item, "image_id": 0, "category_id": 4, "iscrowd": 1, "segmentation": crowd},
+            {**item, "image_id": 1, "category_id": 3, "segmentation": square},
+            {**item, "image_id": 1, "category_id": 1, "segmentation": shifted},
+            {**item, "image_id": 2, "category_id": 3, "segmentation": square},
+        ],
+    }
+    for entry in tree["images"]:
+        write(tmp_path / "train2017" / entry["file_name"], np.zeros((entry["height"], 640, 3), np.uint8))
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_train2017.json").write_text(json.dumps(tree))
+    (cutout,) = read_coco(tmp_path, whole_pictures=True)
+    assert cutout.group == "coco/0"
+    mask = cutout.mask_in((500, 640))
+    # Overlapping objects unite, and the crowd's columns 0 to 4 belong to them.
+    assert [mask[r, c] for r, c in ((50, 50), (20, 20), (80, 80), (20, 80), (499, 4), (499, 5))] == [255, 255, 255, 0, 255, 0]
+    with pytest.raises(InputError, match="is for 640x500 px, it has 100x100"):
+        cutout.mask_in((100, 100))
+
+
+def test_published_layouts_of_camvid_and_idd(data_dir: Path, tmp_path: Path) -> None:
+    for kind, folder in (("images", "train"), ("labels", "trainannot")):
+        shutil.copytree(data_dir / "camvid/train" / kind, tmp_path / "camvid" / folder)
+    assert [r.image.name for r in read_camvid(tmp_path / "camvid", "train")] == [f"{k}.png" for k in range(4)]
+    image = np.zeros((2, 6, 3), np.uint8)
+    labels = {
+        "lite": ("_image.jpg", "_label.png", (0, 1, 2, 3, 6, 255)),
+        "level3": ("_leftImg8bit.png", "_gtFine_labellevel3Ids.png", (1, 3, 5, 12, 25, 255)),
+        "ids": ("_leftImg8bit.jpg", "_gtFine_labelids.png", (2, 5, 7, 18, 34, 39)),
+    }
+    for name, (picture_end, label_end, values) in labels.items():
+        root = tmp_path / name
+        write(root / f"leftImg8bit/train/7/frame{picture_end}", image)
+        write(root / f"gtFine/train/7/frame{label_end}", np.array([values] * 2, np.uint8))
+        (road,) = read_idd_lite(root, "train")
+        assert road.read()[1][0].tolist() == [0, 1, 2, 3, 6, IGNORE]
+    (tmp_path / "ids/gtFine/train/7/frame_gtFine_labelids.png").unlink()
+    with pytest.raises(InputError, match="has no label"):
+        read_idd_lite(tmp_path / "ids", "train")
 
 
 @settings(max_examples=25, deadline=None)
@@ -171,6 +262,13 @@ def test_split_is_stable_and_near_its_share() -> None:
     assert is_held_out("coco/000001", 0.25) == held[1]
 
 
+def spoil(path: Path, value: int) -> None:
+    """Gives one pixel of a label or mask another value."""
+    label = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    label[30, 30] = value
+    write(path, label)
+
+
 @pytest.mark.parametrize(
     ("damage", "read", "message"),
     [
@@ -182,6 +280,21 @@ def test_split_is_stable_and_near_its_share() -> None:
         (lambda d: None, lambda d: read_cityscapes(d / "camvid", "train"), "no Cityscapes images"),
         (lambda d: (d / "grabcut/masks/doll.png").unlink(), lambda d: read_mask_folder(d / "grabcut"), "has no mask"),
         (lambda d: (d / "grabcut/images/doll.png").unlink(), lambda d: read_mask_folder(d / "grabcut"), "matches no image"),
+        (lambda d: spoil(d / "camvid/train/labels/2.png", 77), lambda d: read_camvid(d / "camvid", "train"), r"2.png' holds values \[77\]"),
+        (
+            lambda d: spoil(d / "cityscapes/gtFine/train/ulm/ulm_1_gtFine_labelIds.png", 60),
+            lambda d: read_cityscapes(d / "cityscapes", "train"),
+            r"holds values \[60\]",
+        ),
+        (
+            lambda d: (d / "cityscapes/gtFine/train/ulm/ulm_1_gtFine_labelIds.png").unlink(),
+            lambda d: read_cityscapes(d / "cityscapes", "train"),
+            "has no label",
+        ),
+        (lambda d: spoil(d / "grabcut/masks/doll.png", 1), lambda d: read_mask_folder(d / "grabcut"), r"doll.png' holds values \[1\]"),
+        (lambda d: None, lambda d: read_coco(d / "camvid"), "not in the COCO layout"),
+        (lambda d: None, lambda d: read_mask_folder(d / "camvid"), "images' does not exist"),
+        (lambda d: (d / "coco_panoptic/panoptic/0.png").unlink(), lambda d: read_coco_panoptic(d / "coco_panoptic"), "does not exist"),
         (lambda d: (d / "coco/images/3.png").unlink(), lambda d: read_coco(d / "coco"), "does not exist"),
         (lambda d: (d / "coco/instances.json").write_text("{"), lambda d: read_coco(d / "coco"), "cannot be read"),
         (lambda d: (d / "coco/instances.json").write_text("[]"), lambda d: read_coco(d / "coco"), "COCO instances layout"),

@@ -1,0 +1,341 @@
+"""Objects that can be pasted into road images: COCO instances and panoptic masks, folders of masks, and procedural textures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.training.road_images import IGNORE, check_all, evenly_spread, list_images, read_rgb
+
+KNOWN_CLASSES: Mapping[str, int] = {
+    "person": 2,
+    "bicycle": 3,
+    "car": 3,
+    "motorcycle": 3,
+    "bus": 3,
+    "truck": 3,
+    "train": 3,
+    "traffic light": 4,
+    "stop sign": 4,
+}
+"""COCO classes that Cityscapes knows, with their in-distribution class: never anomalies."""
+
+PUBLISHED_EXCLUSION = frozenset(KNOWN_CLASSES) - {"train"}
+"""Pictures that show one of these are no outliers in Meta-OoD's preparation of COCO, which RPL and S2M take over."""
+
+PUBLISHED_MIN_SIDE_PX = 480
+"""Smaller pictures are left out there."""
+
+AMBIGUOUS_CLASSES = frozenset(
+    {"fire hydrant", "parking meter", "bench", "potted plant", "backpack", "handbag", "umbrella", "tie", "dining table"}
+)
+"""COCO classes that belong to streets or to people, or whose masks hold other things: pasted in neither role."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cutout:
+    """One object that can be pasted, or as S2M does, all objects of a picture; read from disk only when used.
+
+    Args:
+        image: Picture file.
+        group: Image or sequence it comes from; training and validation are split by it.
+        polygons: Outlines, each (K, 2) float px, or None when ``mask`` is given.
+        crowds: Further masks in COCO's run-length encoding, ``{"size": [h, w], "counts": ...}``.
+        mask: Mask file, or None when ``polygons`` are given.
+        mask_id: Value of the object in ``mask`` (panoptic: R + 256 G + 65536 B).
+        semantic: The in-distribution class of an object that Cityscapes knows, or :data:`IGNORE` for an anomaly.
+    """
+
+    image: Path
+    group: str
+    polygons: tuple[NDArray[np.float32], ...] | None = None
+    crowds: tuple[Mapping[str, Any], ...] = ()
+    mask: Path | None = None
+    mask_id: int = 255
+    semantic: int = IGNORE
+
+    @property
+    def is_anomaly(self) -> bool:
+        """Whether Cityscapes does not know its class."""
+        return self.semantic == IGNORE
+
+    def read(self) -> NDArray[np.uint8]:
+        """(h, w, 4) RGBA, cropped to the object.
+
+        Raises:
+            InputError: Unreadable files, or a mask that is empty or of another size.
+        """
+        image = read_rgb(self.image)
+        alpha = self.mask_in((image.shape[0], image.shape[1]))
+        x, y, w, h = cv2.boundingRect(alpha)
+        return np.dstack([image, alpha])[y : y + h, x : x + w]
+
+    def mask_in(self, shape_hw: tuple[int, int]) -> NDArray[np.uint8]:
+        """(H, W) uint8, 255 on the object, for a picture of that shape.
+
+        Raises:
+            InputError: An unreadable mask, or one that is empty or of another size.
+        """
+        alpha = np.zeros(shape_hw, np.uint8)
+        if self.polygons is not None:
+            for polygon in self.polygons:
+                # COCO counts from pixel corners, OpenCV from pixel centres.
+                cv2.fillPoly(alpha, [np.round((polygon - 0.5) * 8).astype(np.int32)], 255, shift=3)
+            for crowd in self.crowds:
+                alpha[_decoded(crowd, shape_hw, self.image)] = 255
+        else:
+            raw = cv2.imread(str(self.mask), cv2.IMREAD_UNCHANGED)
+            if raw is None or raw.shape[:2] != shape_hw:
+                raise InputError(f"mask '{self.mask}' cannot be read or differs in size from '{self.image}'")
+            if raw.ndim == 3:
+                raw = raw[..., 2].astype(np.int32) + 256 * raw[..., 1].astype(np.int32) + 65536 * raw[..., 0].astype(np.int32)
+            alpha[raw == self.mask_id] = 255
+        if not alpha.any():
+            raise InputError(f"the mask of an object of '{self.image}' is empty")
+        return alpha
+
+
+def procedural_outline(rng: np.random.Generator, size_px: int) -> NDArray[np.uint8]:
+    """A random blob.
+
+    Args:
+        rng: Source of randomness.
+        size_px: Its width and height.
+
+    Returns:
+        (size_px, size_px) uint8, 255 inside.
+    """
+    angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
+    radius = np.ones_like(angles)
+    for k in range(1, 6):
+        radius += rng.normal(0, 0.35 / k) * np.cos(k * angles + rng.uniform(0, 2 * np.pi))
+    radius = np.maximum(radius, 0.15)
+    points = np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
+    points = (points - points.min(0)) / np.ptp(points, axis=0) * (size_px - 1)
+    alpha = np.zeros((size_px, size_px), np.uint8)
+    cv2.fillPoly(alpha, [np.round(points).astype(np.int32)], 255)
+    return alpha
+
+
+def procedural_cutout(rng: np.random.Generator, size_px: int) -> NDArray[np.uint8]:
+    """A random blob with a random texture.
+
+    Args:
+        rng: Source of randomness.
+        size_px: Longest side.
+
+    Returns:
+        (size_px, size_px, 4) uint8 RGBA.
+    """
+    alpha = procedural_outline(rng, size_px)
+    yy, xx = np.mgrid[0:size_px, 0:size_px].astype(np.float32) / size_px
+    kind = rng.integers(3)
+    if kind == 0:
+        pattern = sum(
+            cv2.resize(rng.random((n, n), np.float32), (size_px, size_px), interpolation=cv2.INTER_CUBIC) / k
+            for k, n in enumerate((3, 7, 15, 40), start=1)
+        )
+        pattern = np.asarray(pattern, np.float32) / 2.0
+    elif kind == 1:
+        angle = rng.uniform(0, np.pi)
+        pattern = 0.5 + 0.5 * np.sign(np.sin(rng.uniform(10, 80) * (xx * np.cos(angle) + yy * np.sin(angle))))
+    else:
+        pattern = np.full_like(xx, 0.5)
+    first, second = rng.uniform(0, 255, (2, 3)).astype(np.float32)
+    colour = first + np.clip(pattern, 0, 1)[..., None] * (second - first)
+    light = 1.0 + rng.uniform(-0.5, 0.5) * (xx - 0.5) + rng.uniform(-0.6, 0.2) * (yy - 0.5)
+    return np.dstack([np.clip(colour * light[..., None], 0, 255).astype(np.uint8), alpha])
+
+
+def read_coco(root: Path, *, min_area_px: int = 400, whole_pictures: bool = False) -> list[Cutout]:
+    """COCO instances: ``root/instances.json`` and ``images``, or as published, ``root/annotations/instances_<split>.json`` and ``<split>``.
+
+    Args:
+        root: The folder.
+        min_area_px: Smaller objects are left out; crowds are, too.
+        whole_pictures: As S2M: all objects of a picture, crowds included, are one cut-out, and pictures that show one of
+            :data:`PUBLISHED_EXCLUSION` or have a side below :data:`PUBLISHED_MIN_SIDE_PX` are left out.
+
+    Raises:
+        InputError: The annotation file is missing or malformed, an image is missing, or nothing usable is left.
+    """
+    cutouts: list[Cutout] = []
+    for path, pictures in coco_parts(root, "instances"):
+        tree = read_json(path)
+        try:
+            names = {c["id"]: c["name"] for c in tree["categories"]}
+            files = {i["id"]: pictures / i["file_name"] for i in tree["images"]}
+            if whole_pictures:
+                cutouts += _whole_pictures(tree, names, files)
+                continue
+            for item in tree["annotations"]:
+                role = _role(names[item["category_id"]])
+                shapes = item["segmentation"]
+                if item.get("iscrowd") or role is None or item["area"] < min_area_px or not isinstance(shapes, list):
+                    continue
+                picture = files[item["image_id"]]
+                cutouts.append(Cutout(picture, f"coco/{picture.stem}", polygons=_polygons(shapes), semantic=role))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"'{path}' is not in the COCO instances layout: {error!r}") from error
+    return _existing(cutouts, root)
+
+
+def read_coco_panoptic(root: Path, *, min_area_px: int = 400) -> list[Cutout]:
+    """COCO panoptic masks of things; crowds are left out.
+
+    ``root/panoptic.json``, ``panoptic`` and ``images``, or as published, ``root/annotations/panoptic_<split>.json``,
+    ``annotations/panoptic_<split>`` and ``<split>``.
+    """
+    cutouts = []
+    for path, pictures in coco_parts(root, "panoptic"):
+        tree = read_json(path)
+        try:
+            names = {c["id"]: c["name"] for c in tree["categories"] if c["isthing"]}
+            files = {i["id"]: pictures / i["file_name"] for i in tree["images"]}
+            for item in tree["annotations"]:
+                picture, mask = files[item["image_id"]], path.with_suffix("") / item["file_name"]
+                for segment in item["segments_info"]:
+                    role = _role(names[segment["category_id"]]) if segment["category_id"] in names else None
+                    if segment.get("iscrowd") or role is None or segment["area"] < min_area_px:
+                        continue
+                    cutouts.append(Cutout(picture, f"coco/{picture.stem}", mask=mask, mask_id=int(segment["id"]), semantic=role))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"'{path}' is not in the COCO panoptic layout: {error!r}") from error
+    return _existing(cutouts, root)
+
+
+def coco_parts(root: Path, kind: str) -> list[tuple[Path, Path]]:
+    """The annotation files of a COCO layout, each with its folder of pictures.
+
+    Args:
+        root: Folder with ``<kind>.json`` and ``images``, or with ``annotations/<kind>_<split>.json`` and ``<split>``.
+        kind: ``instances`` or ``panoptic``.
+
+    Raises:
+        InputError: Neither is there.
+    """
+    if (root / f"{kind}.json").is_file():
+        return [(root / f"{kind}.json", root / "images")]
+    parts = []
+    for path in sorted((root / "annotations").glob(f"{kind}_*.json")):
+        split = path.stem.removeprefix(f"{kind}_")
+        parts += [(path, folder) for folder in (root / split, root / "images" / split) if folder.is_dir()][:1]
+    if not parts:
+        raise InputError(
+            f"'{root}' is not in the COCO layout: expected {kind}.json and images/, or annotations/{kind}_<split>.json and <split>/"
+        )
+    return parts
+
+
+def read_mask_folder(root: Path, *, keep: Callable[[str], bool] = lambda name: True) -> list[Cutout]:
+    """``root/images`` and ``root/masks``, flat or one sub-folder per sequence; all objects are anomalies.
+
+    Masks have one channel: 255 object, 0 background, 128 undecided. An image whose mask shows no object is left out.
+
+    Args:
+        root: The folder.
+        keep: Whether to use the image or sequence of this name.
+
+    Raises:
+        InputError: No images, an image without a mask, a mask without an image, or one with other values.
+    """
+    for folder in (root / "images", root / "masks"):
+        if not folder.is_dir():
+            raise InputError(f"folder of objects '{folder}' does not exist: expected '{root}' to hold images/ and masks/")
+    images = list_images(root / "images", recursive=True)
+    masks = {path.relative_to(root / "masks").with_suffix(""): path for path in list_images(root / "masks", recursive=True)}
+    cutouts = []
+    for image in images:
+        relative = image.relative_to(root / "images").with_suffix("")
+        if relative not in masks:
+            raise InputError(f"image '{image}' has no mask '{root / 'masks' / relative}.png'")
+        mask = masks.pop(relative)
+        name = relative.parts[0]
+        if keep(name):
+            cutouts.append(Cutout(image, f"{root.name}/{name}", mask=mask))
+    if masks:
+        raise InputError(f"mask '{min(masks.values())}' matches no image in '{root / 'images'}'")
+    shown = check_all(_shows_object, [cutout.mask for cutout in cutouts if cutout.mask is not None], "check masks")
+    return _existing([cutout for cutout, is_shown in zip(cutouts, shown, strict=True) if is_shown], root)
+
+
+def read_json(path: Path) -> Any:
+    """The content of an annotation file.
+
+    Raises:
+        InputError: It is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"annotation file '{path}' cannot be read: {error}") from error
+
+
+def read_mask(path: Path) -> NDArray[np.uint8]:
+    """(H, W) uint8: 255 object, 0 background, 128 undecided.
+
+    Raises:
+        InputError: Unreadable, of several channels, or with other values.
+    """
+    mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if mask is None or mask.ndim != 2 or mask.dtype != np.uint8:
+        raise InputError(f"mask '{path}' cannot be read as an image of one 8-bit channel")
+    others = np.setdiff1d(mask, (0, 128, 255))
+    if len(others):
+        found = f"{others[:5].tolist()}{' and more' if len(others) > 5 else ''}"
+        raise InputError(f"mask '{path}' holds values {found}, allowed: 255 object, 0 background, 128 undecided")
+    return np.asarray(mask, np.uint8)
+
+
+def _shows_object(path: Path) -> bool:
+    return bool((read_mask(path) == 255).any())
+
+
+def _whole_pictures(tree: Any, names: Mapping[int, str], files: Mapping[int, Path]) -> Iterator[Cutout]:
+    by_picture: dict[int, list[Any]] = {}
+    for item in tree["annotations"]:
+        by_picture.setdefault(item["image_id"], []).append(item)
+    large = {i["id"] for i in tree["images"] if min(i["height"], i["width"]) >= PUBLISHED_MIN_SIDE_PX}
+    for picture, items in by_picture.items():
+        if picture not in large or any(names[item["category_id"]] in PUBLISHED_EXCLUSION for item in items):
+            continue
+        shapes = [item["segmentation"] for item in items]
+        polygons = tuple(polygon for shape in shapes if isinstance(shape, list) for polygon in _polygons(shape))
+        crowds = tuple(shape for shape in shapes if not isinstance(shape, list))
+        yield Cutout(files[picture], f"coco/{files[picture].stem}", polygons=polygons, crowds=crowds)
+
+
+def _polygons(shapes: list[Any]) -> tuple[NDArray[np.float32], ...]:
+    return tuple(np.asarray(shape, np.float32).reshape(-1, 2) for shape in shapes)
+
+
+def _decoded(crowd: Mapping[str, Any], shape_hw: tuple[int, int], picture: Path) -> NDArray[np.bool_]:
+    if tuple(crowd["size"]) != shape_hw:
+        raise InputError(f"a mask of '{picture}' is for {crowd['size'][1]}x{crowd['size'][0]} px, it has {shape_hw[1]}x{shape_hw[0]}")
+    compressed = coco_mask.frPyObjects(dict(crowd), *shape_hw) if isinstance(crowd["counts"], list) else crowd
+    return np.asarray(coco_mask.decode(compressed), np.bool_)
+
+
+def _role(name: str) -> int | None:
+    return None if name in AMBIGUOUS_CLASSES else KNOWN_CLASSES.get(name, IGNORE)
+
+
+def _existing(cutouts: list[Cutout], root: Path) -> list[Cutout]:
+    """Checks that all files are there, and reads some objects."""
+    if not cutouts:
+        raise InputError(f"'{root}' holds no usable objects")
+    for path in {p for c in cutouts for p in (c.image, c.mask) if p is not None}:
+        if not path.is_file():
+            raise InputError(f"'{root}' names the file '{path}', which does not exist")
+    for cutout in evenly_spread(cutouts):
+        cutout.read()
+    return cutouts

@@ -146,7 +146,7 @@ class TrainingLoop:
         self._checkpoint = output / checkpoint_name
         output.mkdir(parents=True, exist_ok=True)
         if self._checkpoint.is_file():
-            self._resume(frozenset(may_change))
+            self._resume(may_change)
         self._log = CsvLog(output / "log.csv", [name for names in panels for name in names], self.done) if writes else None
 
     def run(
@@ -211,12 +211,13 @@ class TrainingLoop:
         torch.save({**state, **progress}, partial)
         partial.replace(self._checkpoint)
 
-    def _resume(self, may_change: frozenset[str]) -> None:
+    def _resume(self, may_change: Collection[str]) -> None:
         try:
             saved = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             raise InputError(f"checkpoint '{self._checkpoint}' cannot be read, delete it to start anew: {error}") from error
-        changed = _changes(saved.get("recipe", {}), self._recipe, may_change)
+        defaults = asdict(type(self._recipe)())  # type: ignore[call-overload]
+        changed = changes(saved.get("recipe"), asdict(self._recipe), defaults, may_change)  # type: ignore[call-overload]
         if changed:
             raise InputError(f"checkpoint '{self._checkpoint}' is of another recipe ({'; '.join(changed)}): choose another output folder")
         try:
@@ -231,13 +232,21 @@ class TrainingLoop:
         self._recent = list(saved.get("recent", []))
 
 
-def _changes(saved: Mapping[str, Any], recipe: Any, may_change: frozenset[str]) -> list[str]:
-    """Fields in which ``recipe`` differs from the saved one, where a field that is younger than the file has its default."""
-    before = {**_flat(asdict(type(recipe)())), **_flat(saved)} if saved else {}
-    now = _flat(asdict(recipe))
-    return [
-        f"{key} {before[key]} instead of {now[key]}" for key in now if key in before and key not in may_change and before[key] != now[key]
-    ]
+def changes(
+    before: Mapping[str, Any] | None, now: Mapping[str, Any], defaults: Mapping[str, Any], may_change: Collection[str] = ()
+) -> list[str]:
+    """The fields in which a recipe differs from a saved one, for people: ``noise 0.01 instead of 0.04``.
+
+    Args:
+        before: As saved, nested; a field that is younger than the file is missing and had its default. None: nothing is known.
+        now: As it is to be.
+        defaults: Of the fields that may be missing.
+        may_change: Fields that do not count.
+    """
+    if before is None:
+        return []
+    old, new = {**_flat(defaults), **_flat(before)}, _flat(now)
+    return [f"{key} {old.get(key)} instead of {new[key]}" for key in new if key not in may_change and old.get(key) != new[key]]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

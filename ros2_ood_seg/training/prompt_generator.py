@@ -6,9 +6,6 @@ The published recipe is the preset ``s2m``; ``compact`` is ours for the small de
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_iou
 
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.prompts.networks.detectron2 import convert_detectron2_state, is_detectron2_state
 from ros2_ood_seg.prompts.networks.rcnn import InputMode, MapInput, compact_rcnn, s2m_rcnn
 from ros2_ood_seg.training.loop import TrainingLoop
+from ros2_ood_seg.training.processes import Processes
 from ros2_ood_seg.training.score_maps import LabelledMap, ScoreMaps
 from ros2_ood_seg.types import Calibration
 from ros2_ood_seg.weights.store import WeightFile, load_into, load_weights, save_weights
@@ -110,6 +109,15 @@ class PromptTraining:
         for name in ("noise", "flip", "fragments", "min_peak"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"'{name}' is {getattr(self, name)}, allowed: a number from 0 to 1")
+        for name in ("scale", "contrast"):
+            low, high = getattr(self, name)
+            if not 0.0 < low <= high:
+                raise InputError(f"'{name}' is {low} {high}, allowed: a range from low to high, above 0")
+        if self.learning_rate <= 0.0 or self.held_out < 0 or min(self.crop_hw) < 0:
+            raise InputError(
+                f"'learning_rate' is {self.learning_rate}, 'held_out' {self.held_out}, 'crop_hw' {self.crop_hw}, "
+                "allowed: above 0, and not negative"
+            )
         if self.contrast != (1.0, 1.0) and self.input_mode == "raw":
             raise InputError("'contrast' needs calibrated scores: set input_mode to 'calibrated'")
 
@@ -194,7 +202,11 @@ def augmented(entry: LabelledMap, calibration: Calibration, recipe: PromptTraini
     return scores, boxes[(sides >= recipe.min_box_px).all(dim=1)]
 
 
-class Batches(Dataset[tuple[list[Tensor], list[dict[str, Tensor]]]]):
+Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+"""(C, h, w) scores, and ``boxes`` and ``labels``, of each map."""
+
+
+class Batches(Dataset[Batch]):
     """Batch k of a run; item k is always the same for the same maps, recipe and rank."""
 
     def __init__(self, maps: ScoreMaps, recipe: PromptTraining, start: int = 0, rank: int = 0) -> None:
@@ -203,7 +215,7 @@ class Batches(Dataset[tuple[list[Tensor], list[dict[str, Tensor]]]]):
     def __len__(self) -> int:
         return max(0, self.recipe.iterations - self.start)
 
-    def __getitem__(self, index: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng([self.recipe.seed, self.start + index, self.rank])
         images, targets = [], []
         for k in rng.integers(len(self.maps), size=self.recipe.batch_size):
@@ -211,6 +223,92 @@ class Batches(Dataset[tuple[list[Tensor], list[dict[str, Tensor]]]]):
             images.append(scores)
             targets.append({"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64)})
         return images, targets
+
+
+class PreparedTraining:
+    """A prompt generator about to be trained: weights to start from and checkpoint are read, so what is wrong with them is known by now.
+
+    In several processes (:mod:`~ros2_ood_seg.training.processes`) each trains on its own batches and the first one writes.
+
+    Args:
+        recipe: Everything but the maps.
+        output: Folder for ``last.pt``, ``log.csv``, ``curve.png`` and the final ``prompt_generator.safetensors``; a run that was
+            interrupted there goes on.
+        device: Where to train; CPU when None.
+        init: Prompt generator weights or, for ``s2m``, S2M's released ones or ImageNet weights of torchvision's ResNet-50 to start from.
+
+    Raises:
+        InputError: Weights of another network, or a checkpoint of another recipe.
+    """
+
+    def __init__(self, recipe: PromptTraining, output: Path, *, device: torch.device | None = None, init: Path | None = None) -> None:
+        self._recipe, self._output = recipe, output
+        self._device = device or torch.device("cpu")
+        self._processes = Processes.current()
+        torch.manual_seed(recipe.seed)
+        network, self._map_input = build_network(recipe, pretrained=init is not None)
+        if init is not None:
+            start_from(network, load_weights(init))
+        self._network = network.to(self._device).to(memory_format=torch.channels_last)
+        self._optimizer = torch.optim.SGD(
+            [p for p in network.parameters() if p.requires_grad],
+            lr=recipe.learning_rate,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+        )
+        self._loop = TrainingLoop(
+            output,
+            recipe,
+            {"network": self._network, "optimizer": self._optimizer},
+            title="train prompt generator",
+            panels=(_LOSSES, _RECALLS, ("boxes_per_map",)),
+            may_change=_MAY_CHANGE,
+            checkpoint_every=recipe.checkpoint_every,
+            checkpoint_name="last.pt",
+            writes=self._processes.rank == 0,
+        )
+
+    def run(self, maps: ScoreMaps, extra_metadata: dict[str, Any] | None = None) -> Path:
+        """Trains to the end.
+
+        Args:
+            maps: Score maps and boxes; the last ``recipe.held_out`` only measure.
+            extra_metadata: Stored beside the weights.
+
+        Returns:
+            The final weights file, which ``prompts.boxes.weights`` takes.
+
+        Raises:
+            InputError: Too few maps, or the loss is not finite.
+        """
+        recipe, loop = self._recipe, self._loop
+        training, measured = maps.split(recipe.held_out)
+        parallel = self._processes.parallel(self._network, self._device)
+        loader = DataLoader(Batches(training, recipe, loop.done, self._processes.rank), batch_size=None, num_workers=recipe.workers)
+        loop.run(
+            loader,
+            lambda batch: self._step(parallel, batch),
+            lambda: recall_by_size(self._network, measured, recipe, self._device) if len(measured) else {},
+        )
+        path = self._output / "prompt_generator.safetensors"
+        if self._processes.rank == 0:
+            metadata = {"network": recipe.network, "map_input": self._map_input.to_dict(), "input_width": recipe.input_width}
+            training_log = {"training_seconds": round(loop.seconds), "processes": self._processes.world}
+            save_weights(path, self._network.state_dict(), {**metadata, "recipe": asdict(recipe), **training_log, **(extra_metadata or {})})
+        return path
+
+    def _step(self, parallel: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        recipe, done, device = self._recipe, self._loop.done, self._device
+        # The detector samples anchors and proposals from torch's generator.
+        torch.manual_seed(hash((recipe.seed, done, self._processes.rank)) % 2**63)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, done)
+        parallel.train()
+        images, targets = batch
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
+            losses = parallel([image.to(device) for image in images], [{k: v.to(device) for k, v in t.items()} for t in targets])
+        self._loop.descend(self._optimizer, sum(losses.values(), torch.zeros((), device=device)), recipe.clip_norm)
+        return cast("dict[str, Tensor]", losses)
 
 
 def train_prompt_generator(
@@ -222,79 +320,31 @@ def train_prompt_generator(
     init: Path | None = None,
     extra_metadata: dict[str, Any] | None = None,
 ) -> Path:
-    """Trains, going on from ``output/last.pt`` when it is there.
-
-    Under ``torchrun`` every process trains on its own batches and the first one writes.
-
-    Args:
-        maps: Score maps and boxes; the last ``recipe.held_out`` only measure.
-        recipe: Everything else.
-        output: Folder for ``last.pt``, ``log.csv``, ``curve.png`` and the final ``prompt_generator.safetensors``.
-        device: Where to train; CPU when None.
-        init: Prompt generator weights or, for ``s2m``, ImageNet weights of torchvision's ResNet-50 to start from.
-        extra_metadata: Stored beside the weights.
-
-    Returns:
-        The final weights file, which ``prompts.boxes.weights`` takes.
-
-    Raises:
-        InputError: Too few maps, weights of another network, a checkpoint of another recipe; or the loss is not finite.
-    """
-    device = device or torch.device("cpu")
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    training, measured = maps.split(recipe.held_out)
-    output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(recipe.seed)
-    network, map_input = build_network(recipe, pretrained=init is not None)
-    if init is not None:
-        start_from(network, load_weights(init))
-    network = network.to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        [p for p in network.parameters() if p.requires_grad],
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-    )
-    loop = TrainingLoop(
-        output,
-        recipe,
-        {"network": network, "optimizer": optimizer},
-        title="prompt generator",
-        panels=(_LOSSES, _RECALLS, ("boxes_per_map",)),
-        may_change=_MAY_CHANGE,
-        checkpoint_every=recipe.checkpoint_every,
-        checkpoint_name="last.pt",
-        writes=rank == 0,
-    )
-    with _process_group(world, device):
-        parallel: nn.Module = network
-        if world > 1:
-            parallel = nn.parallel.DistributedDataParallel(network, [device.index] if device.type == "cuda" else None)
-        loader = DataLoader(Batches(training, recipe, loop.done, rank), batch_size=None, num_workers=recipe.workers)
-        loop.run(
-            loader,
-            lambda batch: _step(parallel, optimizer, batch, loop, recipe, rank, device),
-            lambda: recall_by_size(network, measured, recipe, device) if len(measured) else {},
-        )
-    path = output / "prompt_generator.safetensors"
-    if rank == 0:
-        metadata = {"network": recipe.network, "map_input": map_input.to_dict(), "input_width": recipe.input_width}
-        save_weights(path, network.state_dict(), {**metadata, "recipe": asdict(recipe), **(extra_metadata or {})})
-    return path
+    """Prepares and trains at once; see :class:`PreparedTraining`."""
+    maps.split(recipe.held_out)
+    return PreparedTraining(recipe, output, device=device, init=init).run(maps, extra_metadata)
 
 
 def start_from(network: nn.Module, weights: WeightFile) -> None:
-    """Loads a whole prompt generator, or the backbone from a torchvision ResNet-50.
+    """Loads a whole prompt generator, S2M's released one among them, or the backbone from a torchvision ResNet-50.
 
     Raises:
-        WeightsError: Neither fits.
+        WeightsError: None of them fits.
     """
-    whole = any(key.startswith("rpn.") for key in weights.state)
+    if is_detectron2_state(weights.state):
+        weights = WeightFile(weights.path, _one_class(convert_detectron2_state(weights.state)), weights.metadata)
+    whole = not hasattr(network.backbone, "body") or any(key.startswith("rpn.") for key in weights.state)
     target = network if whole else cast("nn.Module", cast("nn.Module", network.backbone).body)
     own = target.state_dict()
     # The classifier of ImageNet has no use here, and frozen batch norms do not count batches.
     state = {k: v for k, v in weights.state.items() if k in own or not (k.startswith("fc.") or k.endswith("num_batches_tracked"))}
     load_into(target, WeightFile(weights.path, state, weights.metadata), "prompt generator" if whole else "torchvision ResNet-50")
+
+
+def _one_class(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the class that S2M's prompt generator has and never uses."""
+    rows = {"cls_score": 2, "bbox_pred": 8}
+    return {key: value[: rows[key.split(".")[-2]]] if "box_predictor" in key else value for key, value in state.items()}
 
 
 @torch.no_grad()
@@ -353,27 +403,6 @@ def contact_sheet(maps: ScoreMaps, recipe: PromptTraining, count: int = 16, colu
     return np.vstack([np.hstack(tiles[k : k + columns]) for k in range(0, len(tiles), columns)])
 
 
-def _step(
-    network: nn.Module,
-    optimizer: torch.optim.SGD,
-    batch: tuple[list[Tensor], list[dict[str, Tensor]]],
-    loop: TrainingLoop,
-    recipe: PromptTraining,
-    rank: int,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    # The detector samples anchors and proposals from torch's generator.
-    torch.manual_seed(hash((recipe.seed, loop.done, rank)) % 2**63)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, loop.done)
-    network.train()
-    images, targets = batch
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
-        losses = network([image.to(device) for image in images], [{k: v.to(device) for k, v in t.items()} for t in targets])
-    loop.descend(optimizer, sum(losses.values(), torch.zeros((), device=device)), recipe.clip_norm)
-    return cast("dict[str, Tensor]", losses)
-
-
 def _cropped(scores: Tensor, boxes: Tensor, crop_hw: tuple[int, int], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     height, width = scores.shape
     if crop_hw == (0, 0):
@@ -402,15 +431,3 @@ def _dimming(shape_hw: tuple[int, ...], rng: np.random.Generator) -> Tensor:
 
 def _log_uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
     return float(np.exp(rng.uniform(np.log(bounds[0]), np.log(bounds[1]))))
-
-
-@contextlib.contextmanager
-def _process_group(world: int, device: torch.device) -> Iterator[None]:
-    if world == 1:
-        yield
-        return
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()

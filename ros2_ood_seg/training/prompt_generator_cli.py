@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -17,11 +16,13 @@ from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import SCORERS
+from ros2_ood_seg.scorers.base import CalibratedScorer
 from ros2_ood_seg.training.outlier_exposure import OutlierExposure, PasteSettings, RoadSample
-from ros2_ood_seg.training.prompt_generator import PRESETS, PromptTraining, contact_sheet, train_prompt_generator
-from ros2_ood_seg.training.score_maps import ScoreMaps, is_complete, write_score_maps
+from ros2_ood_seg.training.outlier_exposure import contact_sheet as frames_sheet
+from ros2_ood_seg.training.processes import joined_processes, own_device
+from ros2_ood_seg.training.prompt_generator import PRESETS, PreparedTraining, PromptTraining, contact_sheet
+from ros2_ood_seg.training.score_maps import ScoreMaps, check_recipe, score_sample, write_score_maps
 from ros2_ood_seg.training.scorer import ScorerData
-from ros2_ood_seg.weights.store import find_weights
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class MapRecipe:
                 raise InputError(f"'{name}' is {getattr(self, name)}, allowed: a number from 0 to 1")
 
 
+_ANY_NUMBER = ("steps", "paste_object_scales", "paste_known_classes")
+# What was fixed before it became a setting, for folders of maps made then.
+_DEFAULTS = {"paste": asdict(PasteSettings())}
+
 # Like a frame 1024 px wide at the scorer and 640 px at the detector, but only three quarters of it: cheaper to score.
 MAP_PRESETS = {
     "s2m": MapRecipe(2966, 700, 0.0, 0.0, PasteSettings.published()),
@@ -73,6 +78,8 @@ class ExposedFrames:
     def __init__(self, seen: OutlierExposure, unseen: OutlierExposure, recipe: MapRecipe, held_out: int, seed: int) -> None:
         self._sides = [(side, _without_anomalies(side)) for side in (seen, unseen)]
         self._recipe, self._held_out, self._seed = recipe, held_out, seed
+        self.width = recipe.width
+        """Width of their score maps, px."""
 
     def __len__(self) -> int:
         return self._recipe.count
@@ -95,15 +102,20 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; an interrupted one goes on")
     parser.add_argument("--maps", type=Path, help="folder of score maps, made where missing (OUTPUT/maps)")
     parser.add_argument("--init", type=Path, help="prompt generator to start from, or torchvision's ImageNet ResNet-50 for s2m")
-    parser.add_argument("--preview", action="store_true", help="write OUTPUT/preview.png with training examples and stop")
+    parser.add_argument("--preview", action="store_true", help="write OUTPUT/preview.png and preview_frames.png with examples and stop")
     parser.add_argument("--scorer", default="compact", help="registered scorer whose maps are learnt (%(default)s)")
     parser.add_argument("--scorer-weights", default="", help="its weights; empty takes its own")
-    for name in ("camvid", "idd-lite", "cityscapes", "coco", "coco-panoptic"):
-        parser.add_argument(f"--{name}", type=Path, help=f"data set in the layout of {name}")
-    parser.add_argument("--roads", type=Path, nargs="*", default=[], help="folders of road pictures without anomalies")
-    parser.add_argument("--objects", type=Path, nargs="*", default=[], help="folders with images/ and masks/ of objects")
+    layouts = {"camvid": "CamVid", "idd-lite": "IDD or IDD-Lite", "cityscapes": "Cityscapes"}
+    for name, layout in layouts.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"road images in the {layout} layout")
+    parser.add_argument("--roads", type=Path, nargs="*", default=[], metavar="DIR", help="folders of road pictures without anomalies")
+    for name, content in {"coco": "instances", "coco-panoptic": "panoptic"}.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"objects in the COCO layout, {content}")
+    parser.add_argument("--objects", type=Path, nargs="*", default=[], metavar="DIR", help="objects: folders with images/ and masks/")
     for name, kind in (("count", int), ("width", int), ("negatives", float), ("unseen", float)):
-        parser.add_argument(f"--map-{name}", type=kind, help=f"score maps: {name}; see the preset")
+        parser.add_argument(f"--map-{name}", type=kind, help=f"score maps: {name} (s2m: {getattr(MAP_PRESETS['s2m'], name)})")
+    for field in fields(PasteSettings):
+        _add_setting(parser, f"paste_{field.name}", getattr(MAP_PRESETS["s2m"].paste, field.name))
     for field in fields(PromptTraining):
         if field.name != "network":
             _add_setting(parser, field.name, getattr(PRESETS["s2m"], field.name))
@@ -113,41 +125,64 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes what maps are missing, then trains.
+    """Makes what maps are missing, then trains; under ``torchrun`` in several processes.
 
     Raises:
-        InputError: Anything in the arguments or the data that cannot be used, before training starts.
+        InputError: Anything in the arguments, the data or the weights that cannot be used, before anything is scored.
     """
     recipe, map_recipe = recipes(args)
-    runtime = Runtime.from_config(RuntimeConfig(device=args.device, precision="float32", threads=args.threads))
+    runtime = Runtime.from_config(RuntimeConfig(device=own_device(args.device), precision="float32", threads=args.threads))
     folder = args.maps or args.output / "maps"
-    weights = find_weights(args.scorer_weights or f"{args.scorer}_scorer")
-    frames = exposed_frames(args, map_recipe, recipe)
-    scorer_config = ScorerConfig(name=args.scorer, weights=str(weights), input_width=map_recipe.paste.crop_hw[1])
-    scorer_sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-    made_by = {
-        "scorer": args.scorer,
-        "scorer_sha256": scorer_sha256,
-        "seed": recipe.seed,
-        "held_out": recipe.held_out,
-        **asdict(map_recipe),
-    }
-    device = runtime.device
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
-        if not is_complete(folder, map_recipe.count):
-            raise InputError(f"score maps in '{folder}' are not complete: make them in one process first, with --preview")
-    scorer = SCORERS.get(args.scorer)(scorer_config, runtime)
-    write_score_maps(folder, frames, scorer, map_recipe.width, made_by, runtime.device)
-    maps = ScoreMaps.read(folder)
-    args.output.mkdir(parents=True, exist_ok=True)
-    if args.preview:
-        path = args.output / "preview.png"
-        cv2.imwrite(str(path), cv2.cvtColor(contact_sheet(maps, recipe), cv2.COLOR_RGB2BGR))
-    else:
-        path = train_prompt_generator(maps, recipe, args.output, device=device, init=args.init, extra_metadata={"maps": made_by})
-    print(path)
+    with joined_processes(runtime.device) as processes:
+        scorer = frozen_scorer(args, map_recipe, runtime)
+        made_by = {
+            "scorer": args.scorer,
+            "scorer_sha256": hashlib.sha256(scorer.weights_path.read_bytes()).hexdigest(),
+            "seed": recipe.seed,
+            "held_out": recipe.held_out,
+            **asdict(map_recipe),
+        }
+        check_recipe(folder, made_by, _DEFAULTS)
+        frames = exposed_frames(args, map_recipe, recipe)
+        if args.preview:
+            print(*write_preview(args.output, frames, scorer, recipe, runtime.device), sep="\n")
+            return 0
+        training = PreparedTraining(recipe, args.output, device=runtime.device, init=args.init)
+        part = (processes.rank, processes.world)
+        write_score_maps(folder, frames, scorer, map_recipe.width, made_by, runtime.device, defaults=_DEFAULTS, part=part)
+        processes.wait()
+        path = training.run(ScoreMaps.read(folder), extra_metadata={"maps": made_by})
+        if processes.rank == 0:
+            print(path)
     return 0
+
+
+def frozen_scorer(args: argparse.Namespace, map_recipe: MapRecipe, runtime: Runtime) -> CalibratedScorer:
+    """The scorer whose maps are learnt; it sees the samples at their own width.
+
+    Raises:
+        InputError: Unknown, without weights of its own, or they are not found.
+    """
+    width = map_recipe.paste.crop_hw[1]
+    scorer = SCORERS.get(args.scorer)(ScorerConfig(name=args.scorer, weights=args.scorer_weights, input_width=width), runtime)
+    if not hasattr(scorer, "weights_path"):
+        raise InputError(f"scorer '{args.scorer}' has no network that could score training images: name another with --scorer")
+    return cast("CalibratedScorer", scorer)
+
+
+def write_preview(
+    output: Path, frames: ExposedFrames, scorer: CalibratedScorer, recipe: PromptTraining, device: torch.device, count: int = 16
+) -> tuple[Path, Path]:
+    """The first training examples: their score maps as the detector sees them, and their frames, each with boxes."""
+    output.mkdir(parents=True, exist_ok=True)
+    samples = [frames[k] for k in range(min(count, len(frames)))]
+    scored = [score_sample(sample, scorer, frames.width, device) for sample in samples]
+    maps = [entry for entry, _ in scored]
+    examples = ScoreMaps(np.stack([m.scores for m in maps]), [m.boxes_xyxy for m in maps], [m.peaks for m in maps], scored[0][1])
+    paths = output / "preview.png", output / "preview_frames.png"
+    for path, sheet in zip(paths, (contact_sheet(examples, recipe), frames_sheet(samples)), strict=True):
+        cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+    return paths
 
 
 def recipes(args: argparse.Namespace) -> tuple[PromptTraining, MapRecipe]:
@@ -157,7 +192,10 @@ def recipes(args: argparse.Namespace) -> tuple[PromptTraining, MapRecipe]:
     names = ("count", "width", "negatives", "unseen")
     map_changes = {name: getattr(args, f"map_{name}") for name in names if getattr(args, f"map_{name}") is not None}
     recipe = replace(PRESETS[args.preset], **{**changes, **pairs})
-    map_recipe = replace(MAP_PRESETS[args.preset], **map_changes)
+    map_recipe = MAP_PRESETS[args.preset]
+    given = {f.name: getattr(args, f"paste_{f.name}") for f in fields(PasteSettings)}
+    paste: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in given.items() if value is not None}
+    map_recipe = replace(map_recipe, paste=replace(map_recipe.paste, **paste), **map_changes)
     if recipe.held_out >= map_recipe.count:
         raise InputError(f"--held-out is {recipe.held_out}, allowed: fewer than the {map_recipe.count} score maps")
     return recipe, map_recipe
@@ -169,10 +207,20 @@ def exposed_frames(args: argparse.Namespace, map_recipe: MapRecipe, recipe: Prom
     Raises:
         InputError: A data set is empty or laid out otherwise, or none is named.
     """
+    if map_recipe.paste.procedural < 1.0 and not (args.coco or args.coco_panoptic or args.objects):
+        raise InputError("there are no objects to paste: name --coco, --coco-panoptic or --objects, or set --paste-procedural 1")
     data = ScorerData(args.camvid, args.idd_lite, args.cityscapes, args.roads, args.coco, args.coco_panoptic, args.objects)
+    if map_recipe.paste.object_scales:
+        data = replace(data, whole_pictures=True)
     sides = []
     for unseen in (False, True):
         roads, cutouts = data.read(held_out=unseen)
+        side = "to hold out" if unseen else "to learn from"
+        for folder, source in zip(args.roads, roads[len(roads) - len(args.roads) :], strict=True):
+            if not source:
+                raise InputError(f"'{folder}' has no pictures {side}, a quarter is held out by name: give it more")
+        if map_recipe.paste.procedural < 1.0 and not any(cutout.is_anomaly for cutout in cutouts):
+            raise InputError(f"there are no objects {side}, 15 of 100 are held out by name: give more")
         sides.append(OutlierExposure(roads, cutouts, map_recipe.paste, recipe.seed, map_recipe.count))
     return ExposedFrames(sides[0], sides[1], map_recipe, recipe.held_out, recipe.seed)
 
@@ -183,12 +231,12 @@ def _without_anomalies(data: OutlierExposure) -> OutlierExposure:
 
 
 def _add_setting(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
-    flag = f"--{name.replace('_', '-')}"
+    flag, text = f"--{name.replace('_', '-')}", f"{'pasting' if name.startswith('paste_') else 'recipe'} (s2m: %s)"
     if isinstance(default, bool):
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=f"recipe (s2m: {default})")
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text % default)
     elif isinstance(default, tuple):
-        number = "*" if name == "steps" else 2
-        parser.add_argument(flag, type=type(default[0]), nargs=number, help=f"recipe (s2m: {' '.join(map(str, default))})")
+        number = "*" if name in _ANY_NUMBER else 2
+        parser.add_argument(flag, type=type(default[0]), nargs=number, help=text % " ".join(map(str, default)))
     else:
         choices = ("raw", "calibrated") if name == "input_mode" else None
-        parser.add_argument(flag, type=type(default), choices=choices, help=f"recipe (s2m: {default})")
+        parser.add_argument(flag, type=type(default), choices=choices, help=text % default)

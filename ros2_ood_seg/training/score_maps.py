@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,12 +17,14 @@ from tqdm import tqdm
 
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.scorers.base import Scorer
+from ros2_ood_seg.training.loop import changes
 from ros2_ood_seg.training.outlier_exposure import RoadSample
 from ros2_ood_seg.types import Calibration
 
 SHARD_SIZE = 50
 """Maps per file; an interrupted run goes on after the last complete file."""
 _INDEX = "index.json"
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class SampleSource(Protocol):
@@ -66,8 +69,35 @@ def score_sample(sample: RoadSample, scorer: Scorer, width: int, device: torch.d
     return LabelledMap(scores.cpu().numpy(), sample.boxes_xyxy * scale, peaks[1:].cpu().numpy()), score_map.calibration
 
 
+def check_recipe(folder: Path, recipe: Mapping[str, Any], defaults: Mapping[str, Any] = _NONE) -> None:
+    """Refuses a folder whose maps were made in another way; one without maps is fine.
+
+    Args:
+        folder: See :func:`write_score_maps`.
+        recipe: JSON values that say how the samples are made and scored.
+        defaults: What those fields were that older folders do not name.
+
+    Raises:
+        InputError: The folder holds maps of another recipe, or a damaged index.
+    """
+    if (folder / _INDEX).is_file():
+        different = changes(_read_index(folder)["recipe"], _json(recipe), _json(defaults))
+        if different:
+            raise InputError(
+                f"score maps in '{folder}' were made by another recipe ({'; '.join(different)}): choose another folder or delete it"
+            )
+
+
 def write_score_maps(
-    folder: Path, source: SampleSource, scorer: Scorer, width: int, recipe: Mapping[str, Any], device: torch.device
+    folder: Path,
+    source: SampleSource,
+    scorer: Scorer,
+    width: int,
+    recipe: Mapping[str, Any],
+    device: torch.device,
+    *,
+    defaults: Mapping[str, Any] = _NONE,
+    part: tuple[int, int] = (0, 1),
 ) -> None:
     """Computes the maps that are not there yet.
 
@@ -78,23 +108,25 @@ def write_score_maps(
         width: Width of the stored maps, px.
         recipe: JSON values that say how the samples were made; a folder made otherwise is refused.
         device: Where the scorer runs.
+        defaults: See :func:`check_recipe`.
+        part: ``(k, n)``: only files k, k + n, ...; with n processes, process k makes these.
 
     Raises:
         InputError: The folder holds maps of another recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / _INDEX
-    recipe = json.loads(json.dumps({**recipe, "width": width, "count": len(source)}))
-    if index.is_file() and _read_index(folder)["recipe"] != recipe:
-        raise InputError(f"score maps in '{folder}' were made by another recipe: choose another folder or delete it")
+    recipe = _json({**recipe, "width": width, "count": len(source)})
+    check_recipe(folder, recipe, defaults)
     shards = [range(start, min(start + SHARD_SIZE, len(source))) for start in range(0, len(source), SHARD_SIZE)]
-    for number, members in enumerate(tqdm(shards, desc="score maps", unit="file")):
-        path = _shard(folder, number)
-        if path.is_file():
-            continue
+    mine = [number for number in range(part[0], len(shards), part[1]) if not _shard(folder, number).is_file()]
+    for number in tqdm(mine, desc="score maps", unit="file", disable=part[0] > 0 or not mine):
+        path, members = _shard(folder, number), shards[number]
         labelled = [score_sample(source[k], scorer, width, device) for k in members]
         if not index.is_file():
-            index.write_text(json.dumps({"recipe": recipe, "calibration": labelled[0][1].to_dict()}, indent=1), encoding="utf-8")
+            unfinished = path.with_suffix(".index")
+            unfinished.write_text(json.dumps({"recipe": recipe, "calibration": labelled[0][1].to_dict()}, indent=1), encoding="utf-8")
+            unfinished.replace(index)
         maps = [entry for entry, _ in labelled]
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
@@ -166,13 +198,13 @@ class ScoreMaps:
         )
 
 
-def is_complete(folder: Path, count: int) -> bool:
-    """Whether all ``count`` maps are there."""
-    return all(_shard(folder, number).is_file() for number in range(-(-count // SHARD_SIZE)))
-
-
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"maps_{number:05d}.npz"
+
+
+def _json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As they come back from a JSON file."""
+    return dict(json.loads(json.dumps(dict(values))))
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.prompts.faster_rcnn import load_detector
 from ros2_ood_seg.prompts.networks.detectron2 import convert_detectron2_state, is_detectron2_state
 from ros2_ood_seg.prompts.networks.rcnn import BGR_MEAN, Anchors, MapInput, MapTransform, RoiPooler, compact_rcnn, fuse_norms, s2m_rcnn
+from ros2_ood_seg.training.prompt_generator import PRESETS, build_network, start_from
 from ros2_ood_seg.weights.store import WeightFile, load_weights
 
 
@@ -62,6 +63,17 @@ def detectron2_state(num_classes: int = 2) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
     return detectron2_state()
+
+
+def test_training_goes_on_from_the_released_checkpoint_without_its_unused_class(state: dict[str, Tensor]) -> None:
+    network, _ = build_network(PRESETS["s2m"], pretrained=True)
+    start_from(network, WeightFile(Path("model_final.pth"), state, {}))
+    own, released = network.state_dict(), convert_detectron2_state(state)
+    torch.testing.assert_close(own["backbone.body.layer3.1.conv2.weight"], released["backbone.body.layer3.1.conv2.weight"])
+    torch.testing.assert_close(own["roi_heads.box_predictor.cls_score.bias"], released["roi_heads.box_predictor.cls_score.bias"][:2])
+    torch.testing.assert_close(own["roi_heads.box_predictor.bbox_pred.weight"], released["roi_heads.box_predictor.bbox_pred.weight"][:8])
+    trained = {name.split(".")[2] for name, p in network.named_parameters() if p.requires_grad and name.startswith("backbone.body")}
+    assert trained == {"layer2", "layer3", "layer4"}
 
 
 def test_checkpoint_as_detectron2_writes_it_is_read_whole(state: dict[str, Tensor], tmp_path: Path) -> None:

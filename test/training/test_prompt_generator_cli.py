@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.scorers.networks.compact import CompactNet
 from ros2_ood_seg.training.outlier_exposure import PasteSettings
 from ros2_ood_seg.training.prompt_generator import PRESETS
 from ros2_ood_seg.training.prompt_generator_cli import MAP_PRESETS, exposed_frames, recipes, register
+from ros2_ood_seg.training.score_maps import ScoreMaps
 from ros2_ood_seg.types import Calibration
 from ros2_ood_seg.weights.store import load_weights, save_weights
 
@@ -61,9 +68,6 @@ def small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pictures_become_a_prompt_generator(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*arguments, "--output", str(tmp_path), "--held-out", "4", "--batch-size", "2"]
-    args = parse([*words, "--preview"])
-    assert args.run(args) == 0
-    assert cv2.imread(str(tmp_path / "preview.png")).shape == (3 * 225, 4 * 400, 3)
     args = parse([*words, "--iterations", "2"])
     assert args.run(args) == 0
     assert capsys.readouterr().out.strip().endswith("prompt_generator.safetensors")
@@ -91,11 +95,43 @@ def test_published_defaults_and_changes(tmp_path: Path) -> None:
     assert map_recipe.paste == PasteSettings.published()
 
 
-def test_several_processes_need_finished_maps(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    args = parse([*arguments, "--output", str(tmp_path), "--held-out", "4"])
-    with pytest.raises(InputError, match="in one process first"):
-        args.run(args)
+def test_two_processes_train_one_prompt_generator(arguments: list[str], tmp_path: Path) -> None:
+    words = [*arguments, "--output", str(tmp_path), "--held-out", "2", "--batch-size", "1", "--iterations", "2", "--map-count", "4"]
+    small = ["--paste-crop-hw", "64", "96", "--map-width", "96", "--shortest-px", "64", "--crop-hw", "0", "0", "--threads", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ros2_ood_seg.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command += ["train", "prompt-generator", *words, *small]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(tmp_path / "prompt_generator.safetensors")]
+    metadata = load_weights(tmp_path / "prompt_generator.safetensors").metadata
+    assert metadata["processes"] == 2
+    assert len(ScoreMaps.read(tmp_path / "maps")) == 4
+
+
+def test_another_scorer_gives_the_maps(arguments: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_weights(tmp_path / "lraspp.safetensors", lraspp_mobilenet_v3_large(weights=None, weights_backbone=None).state_dict(), {})
+    words = [*arguments, "--scorer", "torchvision_segmentation", "--scorer-weights", str(tmp_path / "lraspp.safetensors")]
+    args = parse([*words, "--output", str(tmp_path / "run"), "--held-out", "4", "--preview"])
+    assert args.run(args) == 0
+    for name, height in (("preview.png", 3 * 225), ("preview_frames.png", 3 * 64)):
+        assert cv2.imread(str(tmp_path / "run" / name)).shape[0] == height
+
+
+def test_pasting_is_set_by_flags(tmp_path: Path) -> None:
+    flags = ["--paste-objects-per-image", "2", "3", "--paste-harmonise", "0.5", "--paste-blur", "1", "--paste-perspective", "0.25"]
+    _, map_recipe = recipes(parse(["--output", str(tmp_path), *flags, "--paste-shadow", "0.1", "--paste-object-scales"]))
+    expected = {"objects_per_image": (2, 3), "harmonise": 0.5, "blur": 1.0, "perspective": 0.25, "shadow": 0.1, "object_scales": ()}
+    assert map_recipe.paste == replace(PasteSettings.published(), **expected)
+
+
+def test_textures_alone_are_enough(arguments: list[str], tmp_path: Path) -> None:
+    args = parse([*arguments, "--output", str(tmp_path), "--held-out", "4", "--paste-procedural", "1", "--paste-known-per-image", "0", "0"])
+    args.objects = []
+    recipe, map_recipe = recipes(args)
+    frames = exposed_frames(args, map_recipe, recipe)
+    assert sum(len(frames[k].boxes_xyxy) for k in range(6)) > 0
 
 
 @pytest.mark.parametrize(
@@ -106,9 +142,38 @@ def test_several_processes_need_finished_maps(arguments: list[str], tmp_path: Pa
         (["--map-count", "0"], "0 score maps"),
         (["--camvid", "nowhere"], "nowhere"),
         (["--scorer-weights", "nowhere.pth"], "no weights 'nowhere.pth'"),
+        (["--scorer", "external"], "'external' has no network"),
+        (["--scorer", "nothing"], "unknown scorer 'nothing'"),
+        (["--init", "SCORER"], "not of the family 'prompt generator'"),
+        (["--objects"], "there are no objects to paste"),
+        (["--roads", "ONE"], "ONE' has no pictures to (learn from|hold out)"),
+        (["--paste-object-px", "9", "3"], "'object_px' is"),
+        (["--scale", "2", "1"], "'scale' is 2.0 1.0"),
     ],
 )
 def test_unusable_arguments_are_refused_before_training(arguments: list[str], words: list[str], message: str, tmp_path: Path) -> None:
-    args = parse([*arguments, "--output", str(tmp_path), "--held-out", "4", *words])
+    (tmp_path / "ONE").mkdir()
+    cv2.imwrite(str(tmp_path / "ONE" / "frame.png"), np.zeros((60, 80, 3), np.uint8))
+    stand_ins = {"SCORER": arguments[arguments.index("--scorer-weights") + 1], "ONE": str(tmp_path / "ONE")}
+    output = tmp_path / "run"
+    args = parse([*arguments, "--output", str(output), "--held-out", "4", *(stand_ins.get(word, word) for word in words)])
     with pytest.raises(InputError, match=message):
         args.run(args)
+    assert not (output / "maps").exists()
+
+
+def test_maps_and_checkpoints_of_another_recipe_are_refused_by_name(arguments: list[str], tmp_path: Path) -> None:
+    words = [*arguments, "--output", str(tmp_path), "--held-out", "4", "--batch-size", "1", "--iterations", "1"]
+    args = parse(words)
+    assert args.run(args) == 0
+    args = parse([*words, "--paste-shadow", "0.9"])
+    with pytest.raises(InputError, match=r"made by another recipe \(paste.shadow 0.3 instead of 0.9\)"):
+        args.run(args)
+    args = parse([*words, "--noise", "0.04"])
+    with pytest.raises(InputError, match=r"of another recipe \(noise 0.01 instead of 0.04\)"):
+        args.run(args)
+    index = json.loads((tmp_path / "maps/index.json").read_text())
+    del index["recipe"]["paste"]["blur"]
+    (tmp_path / "maps/index.json").write_text(json.dumps(index))
+    args = parse(words)
+    assert args.run(args) == 0

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ros2_ood_seg.errors import WeightsError
@@ -123,7 +123,8 @@ def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
     tensors = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().contiguous() for k, v in state.items()}
     partial = path.with_suffix(".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, partial, metadata={"ros2_ood_seg": json.dumps(dict(metadata), sort_keys=True)})
+    # Not save_file, which makes files that only their owner may read.
+    partial.write_bytes(save(tensors, metadata={"ros2_ood_seg": json.dumps(dict(metadata), sort_keys=True)}))
     partial.replace(path)
 
 

@@ -34,6 +34,15 @@ def test_safetensors_round_trip_with_metadata(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["net.safetensors"]
 
 
+def test_others_may_read_the_file_as_far_as_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save_weights(tmp_path / "w.safetensors", {"a": torch.ones(1)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_half_precision_is_stored_and_widened(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     save_weights(path, {"weight": torch.tensor([1.0, 1 / 3]), "steps": torch.tensor(5)}, {})

@@ -21,12 +21,14 @@ from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import SCORERS
+from ros2_ood_seg.scorers.networks.deeplab_mobilenet_v2 import DeepLabMobileNetV2
 from ros2_ood_seg.scorers.networks.deeplab_resnet101 import DeepLabResNet101
 from ros2_ood_seg.scorers.networks.deeplab_wrn38 import DeepLabWideResNet38
 from ros2_ood_seg.weights.store import save_weights
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "deeplab_wrn38": DeepLabWideResNet38,
+    "deeplab_mobilenet_v2": lambda: DeepLabMobileNetV2(19),
     "max_entropy": DeepLabWideResNet38,
     "pebal": lambda: DeepLabWideResNet38(20),
     "rpl": lambda: DeepLabWideResNet38(residual=True, projection=True),

@@ -20,6 +20,9 @@ from ros2_ood_seg.scorers.statistics import StatisticsSource
 from ros2_ood_seg.training.outlier_exposure import read_rgb
 from ros2_ood_seg.weights.store import save_weights
 
+_CHUNK = 65_536
+"""Pixels that are held in float64 at a time."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -46,17 +49,18 @@ class ClassMoments:
             values: (D, N) float.
             classes: (N,) int in [0, K).
         """
-        values = values.double()
         if not self._sum.numel():
             labels, features = len(self.count), len(values)
-            self._origin = values.mean(dim=1, keepdim=True)
-            self._sum = values.new_zeros((labels, features))
-            self._outer = values.new_zeros((labels, features, features))
-        for label in torch.bincount(classes).nonzero()[:, 0].tolist():
-            centred = values[:, classes == label] - self._origin
-            self.count[label] += centred.shape[1]
-            self._sum[label] += centred.sum(dim=1)
-            self._outer[label] += centred @ centred.T
+            self._origin = values.double().mean(dim=1, keepdim=True)
+            self._sum = self._origin.new_zeros((labels, features))
+            self._outer = self._origin.new_zeros((labels, features, features))
+        for part, label_of in zip(values.split(_CHUNK, dim=1), classes.split(_CHUNK), strict=True):
+            centred = part.double() - self._origin
+            for label in torch.bincount(label_of).nonzero()[:, 0].tolist():
+                own = centred[:, label_of == label]
+                self.count[label] += own.shape[1]
+                self._sum[label] += own.sum(dim=1)
+                self._outer[label] += own @ own.T
 
     def mean(self) -> Tensor:
         """(K, D) float64; that of all pixels for a class without any."""

@@ -125,6 +125,12 @@ def test_interrupted_training_equals_uninterrupted(data: ScorerData, tmp_path: P
     assert any((value - CompactNet().state_dict()[key]).abs().max() > 0 for key, value in actual.items())
     for key, value in expected.items():
         torch.testing.assert_close(actual[key], value, rtol=1e-5, atol=1e-6)
+    # Checkpoints of the first version hold no recipe; a longer run goes on from them.
+    checkpoint = tmp_path / "parts" / "checkpoint.pt"
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save({key: saved[key] for key in ("net", "average", "optimizer", "schedule", "done")}, checkpoint)
+    train_scorer(data, replace(RECIPE, iterations=5), tmp_path / "parts")
+    assert load_weights(parts).metadata["done"] == 5
 
 
 def test_validation_recognises_a_perfect_score(data: ScorerData) -> None:

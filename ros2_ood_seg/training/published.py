@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ros2_ood_seg.errors import InputError, WeightsError
+from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import functions
 from ros2_ood_seg.scorers.deeplab import PLAIN_FAMILIES, like
+from ros2_ood_seg.scorers.network import ready
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES
 from ros2_ood_seg.scorers.networks.deeplab import upsample_aligned
 from ros2_ood_seg.scorers.networks.deeplab_anomaly import AnomalyDeepLab, DeepLabOutput
@@ -26,7 +29,7 @@ from ros2_ood_seg.training.loop import TrainingLoop
 from ros2_ood_seg.training.outlier_exposure import PasteSettings
 from ros2_ood_seg.training.scorer import MAY_CHANGE, ScorerData, average_precision, batches
 from ros2_ood_seg.weights.families import recognise, without_prefixes
-from ros2_ood_seg.weights.store import WeightFile, load_into, load_weights, save_weights
+from ros2_ood_seg.weights.store import WeightFile, load_weights, save_weights
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class PublishedTraining:
     seed: int = 0
     workers: int = 1
     checkpoint_minutes: float = 5.0
-    paste: PasteSettings = field(default_factory=lambda: PasteSettings(crop_hw=(700, 700)))
+    paste: PasteSettings = field(default_factory=PasteSettings)
 
     def __post_init__(self) -> None:
         for name in ("iterations", "learning_rate"):
@@ -132,9 +135,8 @@ def _rpl(output: DeepLabOutput, batch: ExposureBatch) -> losses.Terms:
     residual, untouched = (_at_labels(x[:count], batch.target) for x in (output.residual_logits, output.logits))
     terms = losses.rpl_loss(residual, untouched, batch.target)
     exposed = (batch.target == losses.OUTLIER).any(dim=(1, 2))
-    contrast = losses.contrastive_loss(
-        output.projection[:count][exposed], batch.target[exposed], output.projection[count:][exposed], batch.picture_target[exposed]
-    )
+    road, picture = output.projection.float().split([count, len(batch.picture)])
+    contrast = losses.contrastive_loss(road[exposed], batch.target[exposed], picture[exposed], batch.picture_target[exposed])
     return {**terms, "total": terms["total"] + contrast, "contrast": contrast}
 
 
@@ -160,7 +162,7 @@ METHODS: Mapping[str, Method] = {
     # yyliu01/RPL@1a327d5 rpl_corocl.code: 40 epochs of 371 steps, residual block only, its last convolution at ten times the rate.
     "rpl": Method(
         scorer="rpl",
-        recipe=PublishedTraining("rpl"),
+        recipe=PublishedTraining("rpl", paste=PasteSettings(crop_hw=(700, 700), known_per_image=(0, 0))),
         loss=_rpl,
         terms=("imitation", "entropy", "energy", "contrast"),
         score=_residual_energy,
@@ -216,7 +218,7 @@ def start_network(method: Method, init: Path | None) -> AnomalyDeepLab:
         InputError: None are named and the method needs some.
     """
     if init is None:
-        if method.needs_labels and not method.scorer:
+        if not method.scorer:
             return DeepLabMobileNetV2(len(CLASS_NAMES))
         raise InputError(
             f"method '{method.scorer}' starts from a segmentation network: make one with --method segmentation and name it with --init"
@@ -229,8 +231,7 @@ def start_network(method: Method, init: Path | None) -> AnomalyDeepLab:
     family = recognise(weights).name
     if family not in PLAIN_FAMILIES:
         raise WeightsError(f"weights file '{init}' is of the family '{family}', training starts from {' or '.join(PLAIN_FAMILIES)}")
-    base = like(weights.state).to_empty(device="cpu")
-    load_into(base, weights, family)
+    base = cast("AnomalyDeepLab", ready(like(weights.state), weights, family, Runtime(torch.device("cpu"))))
     return _with_parts(base, method)
 
 

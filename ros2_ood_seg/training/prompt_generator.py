@@ -27,7 +27,7 @@ from ros2_ood_seg.training.loop import TrainingLoop
 from ros2_ood_seg.training.processes import Processes
 from ros2_ood_seg.training.score_maps import LabelledMap, ScoreMaps
 from ros2_ood_seg.types import Calibration
-from ros2_ood_seg.weights.store import WeightFile, load_into, load_weights, save_weights
+from ros2_ood_seg.weights.store import WeightFile, find_weights, load_into, load_weights, save_weights
 
 SIZE_BINS_PX = (0.0, 16.0, 32.0, 96.0, float("inf"))
 """Bounds of the square root of a box's area by which recall is reported, px of the map."""
@@ -248,7 +248,7 @@ class PreparedTraining:
         torch.manual_seed(recipe.seed)
         network, self._map_input = build_network(recipe, pretrained=init is not None)
         if init is not None:
-            start_from(network, load_weights(init))
+            start_from(network, load_weights(find_weights(str(init))))
         self._network = network.to(self._device).to(memory_format=torch.channels_last)
         self._optimizer = torch.optim.SGD(
             [p for p in network.parameters() if p.requires_grad],

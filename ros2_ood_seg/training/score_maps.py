@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,16 +168,16 @@ class ScoreMaps:
         """Reads what :func:`write_score_maps` wrote, as far as it got.
 
         Raises:
-            InputError: No folder, or nothing in it.
+            InputError: No folder, nothing in it, or a damaged file.
         """
         calibration = Calibration.from_dict(_read_index(folder)["calibration"])
         scores, boxes, peaks = [], [], []
         for path in sorted(folder.glob("*.npz")):
-            with np.load(path) as shard:
-                splits = np.cumsum(shard["counts"])[:-1]
-                scores.append(shard["scores"])
-                boxes += np.split(shard["boxes"], splits)
-                peaks += np.split(shard["peaks"], splits)
+            shard = _read_shard(path)
+            splits = np.cumsum(shard["counts"])[:-1]
+            scores.append(shard["scores"])
+            boxes += np.split(shard["boxes"], splits)
+            peaks += np.split(shard["peaks"], splits)
         if not scores:
             raise InputError(f"folder '{folder}' holds no score maps (*.npz)")
         return cls(np.concatenate(scores), boxes, peaks, calibration)
@@ -200,6 +201,14 @@ class ScoreMaps:
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"maps_{number:05d}.npz"
+
+
+def _read_shard(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(path) as shard:
+            return {name: shard[name] for name in ("scores", "boxes", "peaks", "counts")}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"score maps '{path}' cannot be read, delete the file to have it made anew: {error}") from error
 
 
 def _json(values: Mapping[str, Any]) -> dict[str, Any]:

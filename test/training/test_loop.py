@@ -66,6 +66,13 @@ class Line:
         return self
 
 
+@pytest.fixture(autouse=True)
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws no curve where none is looked at: that takes longer than all the steps."""
+    if "draws" not in request.node.name:
+        monkeypatch.setattr(CsvLog, "plot", lambda *_: None)
+
+
 def test_it_learns_logs_and_draws(tmp_path: Path) -> None:
     line = Line(Recipe(), tmp_path / "new" / "run").run()
     assert line.net.weight.item() == pytest.approx(3.0, abs=0.05)

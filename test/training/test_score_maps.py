@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.training.outlier_exposure import RoadSample, tight_boxes_xyxy
-from ros2_ood_seg.training.score_maps import SHARD_SIZE, ScoreMaps, score_sample, write_score_maps
+from ros2_ood_seg.training.score_maps import SHARD_SIZE, ScoreMaps, check_recipe, score_sample, write_score_maps
 from ros2_ood_seg.types import Calibration, ScoreMap
 
 CPU = torch.device("cpu")
@@ -81,6 +81,31 @@ def test_maps_of_another_recipe_are_refused(tmp_path: Path) -> None:
         write_score_maps(tmp_path, Rectangles(2), RedScorer(), 80, {"seed": 1}, CPU)
     with pytest.raises(InputError, match="another recipe"):
         write_score_maps(tmp_path, Rectangles(3), RedScorer(), 80, {"seed": 0}, CPU)
+
+
+def test_several_processes_share_the_scoring(tmp_path: Path) -> None:
+    source, scorers = Rectangles(2 * SHARD_SIZE + 3), (RedScorer(), RedScorer())
+    for k, scorer in enumerate(scorers):
+        write_score_maps(tmp_path / "parts", source, scorer, 20, {}, CPU, part=(k, 2))
+    write_score_maps(tmp_path / "whole", source, RedScorer(), 20, {}, CPU)
+    assert [scorer.calls for scorer in scorers] == [SHARD_SIZE + 3, SHARD_SIZE]
+    parts, whole = ScoreMaps.read(tmp_path / "parts"), ScoreMaps.read(tmp_path / "whole")
+    np.testing.assert_array_equal(parts.scores, whole.scores)
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
+
+
+def test_fields_that_are_younger_than_the_maps_had_their_default(tmp_path: Path) -> None:
+    write_score_maps(tmp_path, Rectangles(2), RedScorer(), 80, {"paste": {"shadow": 0.3}}, CPU)
+    check_recipe(tmp_path, {"paste": {"shadow": 0.3, "blur": 0.0}}, {"paste": {"blur": 0.0}})
+    with pytest.raises(InputError, match=r"\(paste.blur 0.0 instead of 0.5\)"):
+        check_recipe(tmp_path, {"paste": {"shadow": 0.3, "blur": 0.5}}, {"paste": {"blur": 0.0}})
+
+
+def test_damaged_maps_are_refused_by_name(tmp_path: Path) -> None:
+    write_score_maps(tmp_path, Rectangles(2), RedScorer(), 80, {}, CPU)
+    (tmp_path / "maps_00000.npz").write_bytes(b"PK half a file")
+    with pytest.raises(InputError, match=r"maps_00000.npz' cannot be read, delete the file"):
+        ScoreMaps.read(tmp_path)
 
 
 def test_folders_without_maps_are_refused(tmp_path: Path) -> None:

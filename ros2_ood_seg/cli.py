@@ -15,6 +15,7 @@ COMMANDS = {
     "segment": ("ros2_ood_seg.segment", "find anomalies in images, folders, videos and bags"),
     "evaluate": ("ros2_ood_seg.evaluation.cli", "measure a profile on a data set or a labelled bag"),
     "compare": ("ros2_ood_seg.evaluation.cli", "compare evaluation reports"),
+    "submission": ("ros2_ood_seg.evaluation.submission", "write results for the SegmentMeIfYouCan or OoDIS benchmark"),
     "train": ("ros2_ood_seg.training.cli", "train scorer, prompt generator or segmenter"),
     "ablate": ("ros2_ood_seg.training.ablate", "measure what each stage of a method contributes"),
     "calibrate": ("ros2_ood_seg.training.cli", "calibrate a scorer on in-distribution frames"),

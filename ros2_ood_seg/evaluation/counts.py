@@ -11,6 +11,7 @@ import zipfile
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,53 +122,50 @@ class CountsWriter:
 
     def __init__(self, folder: Path) -> None:
         self._files = {field.name: folder / f"counts_{field.name}.{self.SUFFIX}" for field in fields(ImageCounts)}
-        self._shapes: dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]] = {}
+        self._shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         self._lengths: dict[str, int] = {}
         self._names: list[str] = []
         for path in self._files.values():
             path.unlink(missing_ok=True)
 
-    def add(
-        self,
-        name: str,
-        *,
-        score: NDArray[np.int64],
-        refined: NDArray[np.int64],
-        masks: s2m.MaskSweep,
-        baseline: s2m.MaskSweep,
-        components: component.ComponentMatch | None,
-        instances: instance.Verdicts,
-    ) -> None:
+    def add_found(self, name: str, masks: s2m.MaskSweep, instances: instance.Verdicts) -> None:
         """Adds an image.
 
         Args:
             name: Of the image.
-            score: Its :func:`histogram` of the score map.
-            refined: The same of the refined map.
             masks: Of the masks.
-            baseline: Of the scorer's own map.
-            components: None without them.
             instances: Of the predictions.
         """
-        index = len(self._names)
+        index = np.full(instances.scores.size, len(self._names), np.int64)
         self._names.append(name)
+        self._append("masks", masks.table()[None])
+        self._append("instance_image", index)
+        self._append("instance_score", instances.scores)
+        self._append("instance_right", instances.right)
+        self._append("missed", instances.missed[None])
+
+    def add_scored(
+        self, score: NDArray[np.int64], refined: NDArray[np.int64], baseline: s2m.MaskSweep, components: component.ComponentMatch | None
+    ) -> None:
+        """Adds what is known of an image when all have been pooled; call it once for each, in the same order.
+
+        Args:
+            score: Its :func:`histogram` of the score map.
+            refined: The same of the refined map.
+            baseline: Of the scorer's own map.
+            components: None without them.
+        """
         counted = np.zeros((0, 3, component.TAUS.size), np.int64) if components is None else component.counts_at_taus(components)[None]
-        rows: dict[str, NDArray[np.generic]] = {
-            "score": score[None],
-            "refined": refined[None],
-            "masks": masks.table()[None],
-            "baseline": baseline.table()[None],
-            "components": counted,
-            "instance_image": np.full(instances.scores.size, index, np.int64),
-            "instance_score": instances.scores,
-            "instance_right": instances.right,
-            "missed": instances.missed[None],
-        }
-        for key, array in rows.items():
-            self._shapes[key] = (array.dtype, array.shape[1:])
-            self._lengths[key] = self._lengths.get(key, 0) + len(array)
-            with self._files[key].open("ab") as file:
-                file.write(np.ascontiguousarray(array).tobytes())
+        self._append("score", score[None])
+        self._append("refined", refined[None])
+        self._append("baseline", baseline.table()[None])
+        self._append("components", counted)
+
+    def _append(self, key: str, rows: NDArray[Any]) -> None:
+        self._shapes[key] = (rows.dtype, rows.shape[1:])
+        self._lengths[key] = self._lengths.get(key, 0) + len(rows)
+        with self._files[key].open("ab") as file:
+            file.write(rows.tobytes())
 
     def save(self, path: Path) -> None:
         """Writes the npz file that :meth:`ImageCounts.load` reads."""

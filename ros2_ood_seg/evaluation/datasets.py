@@ -184,7 +184,12 @@ def _listed(values: Mapping[int, int]) -> str:
     return ", ".join(f"{value} {words[meaning]}" for value, meaning in sorted(values.items()))
 
 
-def _images(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
+    """Image files of a folder by name.
+
+    Raises:
+        InputError: No folder, or none in it.
+    """
     if not folder.is_dir():
         raise InputError(f"'{folder}' is not a folder")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -212,9 +217,9 @@ def _paired(
 
 def _folder(root: Path) -> DataSet:
     """``images/<stem>.*``, ``labels/<stem>.png`` (0, 1, 255), optional ``instances/<stem>.png`` (0 none, k = id)."""
-    images = _images(root / "images")
+    images = list_images(root / "images")
     stems = {path.stem for path in images}
-    orphans = sorted(path for path in _images(root / "labels") if path.stem not in stems)
+    orphans = sorted(path for path in list_images(root / "labels") if path.stem not in stems)
     if orphans:
         raise InputError(f"label file '{orphans[0]}' has no image in '{root / 'images'}'")
     with_instances = (root / "instances").is_dir()
@@ -229,7 +234,7 @@ def _folder(root: Path) -> DataSet:
 def _smiyc(name: str, track: str, prefix: str) -> Callable[[Path], DataSet]:
     def find(root: Path) -> DataSet:
         """``images/<stem>.*`` and ``labels_masks/<stem>_labels_semantic.png``; only the validation images have labels."""
-        images = [path for path in _images(root / "images") if path.stem.startswith(prefix)]
+        images = [path for path in list_images(root / "images") if path.stem.startswith(prefix)]
         folder = root / "labels_masks"
         labelled = [path for path in images if (folder / f"{path.stem}_labels_semantic.png").is_file()]
         if not labelled:
@@ -242,7 +247,7 @@ def _smiyc(name: str, track: str, prefix: str) -> Callable[[Path], DataSet]:
     return find
 
 
-def _tree(root: Path, end: str) -> dict[str, Path]:
+def files_ending(root: Path, end: str) -> dict[str, Path]:
     """Files below a folder whose names end so, by what comes before; the last of several of one name."""
     return {path.name[: -len(end)]: path for path in sorted(root.rglob(f"*{end}"))}
 
@@ -252,10 +257,10 @@ def _fishyscapes(name: str, folder: str, track: str) -> Callable[[Path], DataSet
         """``original/`` and ``labels/`` of equal stems, or Lost & Found's images beside the official ``*_labels.png``."""
         root = root / folder if (root / folder).is_dir() else root
         if (root / "original").is_dir():
-            sources = _paired(_images(root / "original"), lambda stem: root / "labels" / f"{stem}.png")
+            sources = _paired(list_images(root / "original"), lambda stem: root / "labels" / f"{stem}.png")
             return DataSet(name, root, sources, track=track)
-        labels = _tree(root, "_labels.png")
-        images = _tree(root, "_leftImg8bit.png")
+        labels = files_ending(root, "_labels.png")
+        images = files_ending(root, "_leftImg8bit.png")
         if not labels:
             raise InputError(f"'{root}' has neither original/ with labels/ nor files *_labels.png: the labels of the test split are hidden")
         # Official label files are numbered: 0000_04_Maurener_Weg_8_000000_000030_labels.png.
@@ -275,17 +280,17 @@ def _required(found: Mapping[str, tuple[Path | None, Path]], root: Path) -> tupl
 def _road_anomaly(root: Path) -> DataSet:
     """``frames/<stem>.jpg`` with ``frames/<stem>.labels/labels_semantic.png`` (0 normal, 2 anomaly), or ``original/`` and ``labels/``."""
     if (root / "original").is_dir():
-        sources = _paired(_images(root / "original"), lambda stem: root / "labels" / f"{stem}.png")
+        sources = _paired(list_images(root / "original"), lambda stem: root / "labels" / f"{stem}.png")
     else:
-        sources = _paired(_images(root / "frames"), lambda stem: root / "frames" / f"{stem}.labels" / "labels_semantic.png")
+        sources = _paired(list_images(root / "frames"), lambda stem: root / "frames" / f"{stem}.labels" / "labels_semantic.png")
     return DataSet("road_anomaly", root, sources, {0: 0, 1: 1, 2: 1, 255: 255})
 
 
 def _lost_and_found(root: Path) -> DataSet:
     """``leftImg8bit/test``, ``gtCoarse/test``: 0 ignore, 1 road, 2 to 200 obstacles; frames without any label are left out, as usual."""
-    images = _tree(root / "leftImg8bit" / "test", "_leftImg8bit.png")
-    labels = _tree(root / "gtCoarse" / "test", "_gtCoarse_labelIds.png")
-    instances = _tree(root / "gtCoarse" / "test", "_gtCoarse_instanceIds.png")
+    images = files_ending(root / "leftImg8bit" / "test", "_leftImg8bit.png")
+    labels = files_ending(root / "gtCoarse" / "test", "_gtCoarse_labelIds.png")
+    instances = files_ending(root / "gtCoarse" / "test", "_gtCoarse_instanceIds.png")
     if not images:
         raise InputError(f"'{root / 'leftImg8bit' / 'test'}' holds no *_leftImg8bit.png")
     missing = sorted(set(images) - set(labels))
@@ -300,8 +305,8 @@ def _lost_and_found(root: Path) -> DataSet:
 
 def _street_hazards(root: Path) -> DataSet:
     """``images/test/**/<stem>.png``, ``annotations/test/**/<stem>.png``: 14 anomaly, 1 to 13 normal."""
-    images = _tree(root / "images" / "test", ".png")
-    labels = _tree(root / "annotations" / "test", ".png")
+    images = files_ending(root / "images" / "test", ".png")
+    labels = files_ending(root / "annotations" / "test", ".png")
     if not labels:
         raise InputError(f"'{root / 'annotations' / 'test'}' holds no label files")
     found = {stem: (images.get(stem), label) for stem, label in labels.items()}
@@ -310,7 +315,7 @@ def _street_hazards(root: Path) -> DataSet:
 
 def _oodis(root: Path) -> DataSet:
     """Images and ``*_instanceIds.png`` below one folder, as OoDIS and UGainS publish the ground truth of Fishyscapes Lost & Found."""
-    labels = _tree(root, "_instanceIds.png")
+    labels = files_ending(root, "_instanceIds.png")
     if not labels:
         raise InputError(f"'{root}' holds no *_instanceIds.png: OoDIS keeps the labels of its test sets hidden")
     images: dict[str, Path] = {}

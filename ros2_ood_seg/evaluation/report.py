@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ros2_ood_seg import __version__
 from ros2_ood_seg.config import PipelineConfig
-from ros2_ood_seg.evaluation import component, instance, pixel, s2m
+from ros2_ood_seg.evaluation import component, pixel, s2m
 from ros2_ood_seg.evaluation.counts import CountsWriter, histogram, histogram_edges
 from ros2_ood_seg.evaluation.store import PartStore
 from ros2_ood_seg.evaluation.totals import Totals
@@ -68,13 +68,14 @@ def build_report(
     """
     start = time.perf_counter()
     totals = Totals()
+    counts = CountsWriter(store.folder)
     for name in names:
-        totals.add(store.load(name))
+        frame = store.load(name)
+        counts.add_found(name, frame.masks, totals.add(frame))
     pooled = {kind: _pool(store, names, kind, fpr_rule, exact) for kind in ("score", "refined")}
     best = pooled["refined"].figures["best_f1_threshold"]
     # The benchmark predicts score > threshold; the next lower number makes that the same as score >= the best threshold.
     threshold = None if best is None or not exact else float(np.nextafter(np.float32(best), np.float32(-np.inf)))
-    counts = CountsWriter(store.folder)
     scaled = s2m.scaled_thresholds(*totals.score_range)
     baseline_mean = s2m.CurveMean()
     matches: list[component.ComponentMatch] = []
@@ -84,15 +85,9 @@ def build_report(
         baseline_mean.add(sweep)
         match = None if threshold is None else _component_match(store, name, threshold, minimum)
         matches += [] if match is None else [match]
-        frame = store.load(name)
-        counts.add(
-            name,
-            score=histogram(pooled["score"].edges, positives, negatives),
-            refined=histogram(pooled["refined"].edges, *(store.counts(name, "refined", label) for label in (1, 0))),
-            masks=frame.masks,
-            baseline=sweep,
-            components=match,
-            instances=instance.judge(frame.instances),
+        refined = (store.counts(name, "refined", label) for label in (1, 0))
+        counts.add_scored(
+            histogram(pooled["score"].edges, positives, negatives), histogram(pooled["refined"].edges, *refined), sweep, match
         )
     masks, masks_code, baseline = totals.masks.scores(), totals.masks_code.scores(), baseline_mean.scores()
     best_scaled = scaled[[round((baseline.threshold if baseline else 0.0) * 100)]]

@@ -52,8 +52,8 @@ class Totals:
     def _column(self, key: str) -> NDArray[np.float64]:
         return self._columns.setdefault(key, _Column()).values()
 
-    def add(self, frame: FrameMeasure) -> None:
-        """Adds a frame."""
+    def add(self, frame: FrameMeasure) -> instance.Verdicts:
+        """Adds a frame; returns the verdicts on its predictions."""
         self.images += 1
         low, high = frame.score_range
         self.score_range = (min(self.score_range[0], low), max(self.score_range[1], high))
@@ -83,6 +83,7 @@ class Totals:
                 "total_ms": frame.timings_ms.get("total"),
             }
         )
+        return judged
 
     def components(self) -> component.ComponentScores:
         """Components of the union of the masks."""

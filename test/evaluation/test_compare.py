@@ -111,15 +111,9 @@ def test_counts_written_image_by_image_are_read_as_one(tmp_path: Path, with_comp
     for k in range(3):
         sweep = s2m.MaskSweep.from_table(found.masks[k])
         verdicts = instance.Verdicts(found.instance_score[:k], found.instance_right[:k], found.missed[k])
-        writer.add(
-            f"frame {k}",
-            score=found.score[k],
-            refined=found.refined[k],
-            masks=sweep,
-            baseline=sweep,
-            components=matches[k],
-            instances=verdicts,
-        )
+        writer.add_found(f"frame {k}", sweep, verdicts)
+    for k in range(3):
+        writer.add_scored(found.score[k], found.refined[k], s2m.MaskSweep.from_table(found.masks[k]), matches[k])
     writer.save(tmp_path / "a.images.npz")
     loaded = ImageCounts.load(tmp_path / "a.images.npz")
     assert loaded.names.tolist() == ["frame 0", "frame 1", "frame 2"]

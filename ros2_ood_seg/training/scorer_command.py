@@ -59,7 +59,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--init", type=Path, help="weights to start from: mobilenet_v2 features, an earlier scorer, a segmentation network")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for checkpoints, log, curve and weights")
     parser.add_argument("--preview", action="store_true", help="only write preview.png with training samples")
-    parser.add_argument("--published-pasting", action="store_true", help="all objects of a picture as one per 700x700 crop, as S2M was published")
+    parser.add_argument("--published-pasting", action="store_true", help="all objects of a picture pasted as one, 700x700 crops, as S2M")
     parser.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="size of the training crops; multiples of 32 for compact")
     compact, common = ScorerTraining(), "(default: the method's, see docs/training.md)"
     for name in _COMMON:

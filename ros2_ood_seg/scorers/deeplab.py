@@ -154,7 +154,7 @@ def like(state: Mapping[str, Tensor], **changed: int | bool) -> AnomalyDeepLab:
 
 def _network(config: ScorerConfig, runtime: Runtime, weights_name: str, families: tuple[str, ...]) -> tuple[AnomalyDeepLab, WeightFile]:
     weights = read_checkpoint(config, runtime, weights_name, families)
-    return cast("AnomalyDeepLab", ready(like(weights.state), weights, "DeepLabV3+", runtime)), weights
+    return ready(like, weights, "DeepLabV3+", runtime), weights
 
 
 def _known_outputs(network: AnomalyDeepLab) -> slice:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,7 +54,7 @@ def build_dense_hybrid(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
 
 def _network(config: ScorerConfig, runtime: Runtime, weights_name: str, families: tuple[str, ...]) -> tuple[LadderDenseNet, WeightFile]:
     weights = read_checkpoint(config, runtime, weights_name, families, unused=TRAINING_ONLY)
-    return cast("LadderDenseNet", ready(LadderDenseNet.like(weights.state), weights, "Ladder-DenseNet-121", runtime)), weights
+    return ready(LadderDenseNet.like, weights, "Ladder-DenseNet-121", runtime), weights
 
 
 def _upsampled(x: Tensor, image: Tensor, scorer: str) -> Tensor:

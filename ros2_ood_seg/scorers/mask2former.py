@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +34,10 @@ from ros2_ood_seg.weights.store import WeightFile
 
 _QUERIES_AT_ONCE = 16
 _UNO_OUTPUTS = len(CITYSCAPES_CLASSES) + 2
+_FAMILIES = ("mask2former", "mask2former_ugains", "uno", "mask2anomaly")
+_UNUSED = ("criterion.", *(f"sem_seg_head.predictor.transformer_cross_attention_layers.{k}.fusion_layer." for k in range(16)))
+"""Beginnings of the names of what released files hold and the network does not use: the loss's, and a layer of Mask2Anomaly."""
+
 _UGAINS_NAMES = {"backbone.": "backbone.", "pixel_decoder.": "sem_seg_head.pixel_decoder.", "sem_seg_head.": "sem_seg_head.predictor."}
 
 Network = Callable[[Tensor], Mask2FormerOutput]
@@ -172,13 +175,12 @@ def _padded(image: Tensor) -> Tensor:
 
 
 def load_checkpoint(config: ScorerConfig, runtime: Runtime) -> LoadedNetwork:
-    """The released layouts: detectron2 (RbA, EAM, UNO), and UGainS with names of its own.
+    """The released layouts: detectron2 (RbA, EAM, UNO, Mask2Anomaly), and UGainS with names of its own.
 
     Raises:
         WeightsError: Missing, damaged, or of another network.
     """
-    families = ("mask2former", "mask2former_ugains")
-    weights = read_checkpoint(config, runtime, config.name, families, unused=("criterion.",))
+    weights = read_checkpoint(config, runtime, config.name, _FAMILIES, unused=_UNUSED)
     if any(key.startswith("pixel_decoder.") for key in weights.state):
         # Lightning keeps losses and metrics beside the network.
         state = {
@@ -188,7 +190,7 @@ def load_checkpoint(config: ScorerConfig, runtime: Runtime) -> LoadedNetwork:
             if key.startswith(old)
         }
         weights = WeightFile(weights.path, state, weights.metadata)
-    network = cast("Mask2Former", ready(Mask2Former.like(weights.state), weights, "mask2former", runtime))
+    network = ready(Mask2Former.like, weights, "mask2former", runtime)
     return LoadedNetwork(network, int(weights.state["sem_seg_head.predictor.class_embed.weight"].shape[0]), weights.path)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,8 @@ class RawScores:
     scores: Tensor
     classes: Tensor
 
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 Method = Callable[[Tensor], RawScores]
 """A network with its score function: takes (1, 3, h, w) float32 RGB in [0, 255]."""
@@ -134,12 +137,26 @@ def read_checkpoint(
     return WeightFile(weights.path, state, weights.metadata)
 
 
-def ready(network: nn.Module, weights: WeightFile, family: str, runtime: Runtime) -> nn.Module:
-    """Fills a network made on the meta device, strictly, and puts it on the runtime's device in evaluation mode.
+def ready(like: Callable[[Mapping[str, Tensor]], NetworkT], weights: WeightFile, family: str, runtime: Runtime) -> NetworkT:
+    """Makes the network of a checkpoint, fills it, strictly, and puts it on the runtime's device in evaluation mode.
+
+    Args:
+        like: Gives the untrained network that a state dict belongs to, on the meta device.
+        weights: The checkpoint.
+        family: What it should be, for messages.
+        runtime: Device.
 
     Raises:
         WeightsError: Missing or left-over entries, or of another shape.
     """
+    try:
+        network = like(weights.state)
+    except KeyError as error:
+        raise WeightsError(f"weights file '{weights.path}' is not of the family '{family}': {error.args[0]} is missing") from error
+    except WeightsError:
+        raise
+    except (IndexError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise WeightsError(f"weights file '{weights.path}' is not of the family '{family}': no such network has its shapes") from error
     network.to_empty(device="cpu")
     # Checkpoints from before PyTorch 0.4.1 lack the batch counters, which inference does not use.
     counters = {key: torch.zeros((), dtype=torch.int64) for key in network.state_dict() if key.endswith(".num_batches_tracked")}

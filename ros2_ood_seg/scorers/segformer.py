@@ -50,7 +50,7 @@ def build_gmmseg(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
     """``gmmseg``: no component of any class makes the pixel's features likely; errors as in :func:`build_plain`."""
     only_default_score(config)
     weights = read_checkpoint(config, runtime, "gmmseg", ("gmmseg",), unused=TRAINING_ONLY)
-    network = cast("GmmSeg", ready(GmmSeg.like(weights.state), weights, "GMMSeg on SegFormer", runtime))
+    network = ready(GmmSeg.like, weights, "GMMSeg on SegFormer", runtime)
 
     def method(image: Tensor) -> RawScores:
         with runtime.autocast():
@@ -63,7 +63,7 @@ def build_gmmseg(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
 
 def _from_checkpoint(config: ScorerConfig, runtime: Runtime) -> tuple[Callable[[Tensor], Tensor], int, Path]:
     weights = read_checkpoint(config, runtime, "segformer", ("segformer",))
-    network = cast("SegFormer", ready(SegFormer.like(weights.state), weights, "SegFormer", runtime))
+    network = ready(SegFormer.like, weights, "SegFormer", runtime)
     return network, network.num_classes, weights.path
 
 

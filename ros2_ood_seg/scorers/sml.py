@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +77,7 @@ def statistics_source(config: ScorerConfig, runtime: Runtime) -> StatisticsSourc
 def _network(config: ScorerConfig, runtime: Runtime) -> tuple[DeepLabResNet101, WeightFile, Callable[[Tensor], Tensor]]:
     """The network, its weights file, and its (K, h, w) logits of a network input."""
     weights = read_checkpoint(config, runtime, "sml", ("sml",), unused=TRAINING_ONLY)
-    network = cast("DeepLabResNet101", ready(DeepLabResNet101.like(weights.state), weights, "DeepLabV3+ ResNet-101", runtime))
+    network = ready(DeepLabResNet101.like, weights, "DeepLabV3+ ResNet-101", runtime)
 
     def upsampled_logits(image: Tensor) -> Tensor:
         with runtime.autocast():

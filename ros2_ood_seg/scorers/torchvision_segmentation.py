@@ -24,7 +24,7 @@ def build(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:
     """``torchvision_segmentation``: architecture and number of classes are those of the weights, the default score is MSP."""
     name, score = logit_score(config, "msp")
     weights = read_checkpoint(config, runtime, "torchvision_segmentation", ("torchvision_segmentation",), unused=("aux_classifier.",))
-    network = ready(_network_like(weights.state), weights, "torchvision DeepLabV3 or LR-ASPP", runtime)
+    network = ready(_network_like, weights, "torchvision DeepLabV3 or LR-ASPP", runtime)
 
     def method(image: Tensor) -> RawScores:
         with runtime.autocast():

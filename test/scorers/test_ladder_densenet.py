@@ -99,3 +99,7 @@ def test_refuses_what_is_missing_or_left_over(randomised, image, runtime, tmp_pa
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"1 missing \(spp.spp.spp.spp2.norm.weight\); 1 unexpected \(logits.extra\)"):
         score("dense_hybrid_ldn121", tmp_path / "w.pth", image, runtime)
+    del state["logits.extra"], state["spp.spp.spp.spp_fuse.conv.weight"]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"family 'Ladder-DenseNet-121': spp.spp.spp.spp_fuse.conv.weight is missing"):
+        score("dense_hybrid_ldn121", tmp_path / "w.pth", image, runtime)

@@ -17,6 +17,7 @@ from ros2_ood_seg.scorers import SCORERS
 from ros2_ood_seg.scorers.mask2former import EAM, MASK2ANOMALY, RBA, RBA_TANH, UNO, mask_scores
 from ros2_ood_seg.scorers.network import CITYSCAPES_CLASSES
 from ros2_ood_seg.scorers.networks.mask2former import Mask2Former
+from ros2_ood_seg.scorers.networks.resnet import ResNet
 from ros2_ood_seg.scorers.networks.swin import SwinTransformer
 
 RULES = {"rba": RBA, "rba_tanh": RBA_TANH, "eam": EAM, "uno": UNO, "mask2anomaly": MASK2ANOMALY}
@@ -166,10 +167,29 @@ def test_wrong_checkpoints_are_explained(tmp_path: Path, runtime: Runtime) -> No
     torch.save({"model": state}, path)
     with pytest.raises(WeightsError, match=r"family 'mask2former': 1 missing \(.*decoder_norm\.weight\); 1 unexpected \(.*ood_pred"):
         build(config("rba", path), runtime)
-    keys = ("backbone.stem.conv1.weight", "sem_seg_head.pixel_decoder.x", "sem_seg_head.predictor.x")
-    torch.save({"model": {key: torch.zeros(1) for key in keys}}, path)
-    with pytest.raises(WeightsError, match="family 'mask2former_resnet', scorer 'mask2anomaly' needs mask2former"):
-        build(config("mask2anomaly", path), runtime)
+    torch.save({"model": {key: value for key, value in official().items() if "patch_embed.proj" not in key}}, path)
+    with pytest.raises(WeightsError, match=r"backbone\.patch_embed\.proj\.weight is missing"):
+        build(config("rba", path), runtime)
+
+
+def test_mask2anomalys_own_release(tmp_path: Path, randomised, runtime: Runtime, image: Tensor) -> None:
+    torch.manual_seed(3)
+    backbone = ResNet(8, (4, 4, 8, 8), (16, 16, 32, 32), (1, 2, 1, 1))
+    network = randomised(Mask2Former(backbone, 20, 18, 32, 32, 3, 1, 48, 3, 4, 64, global_attention=True))
+    layers = "sem_seg_head.predictor.transformer_cross_attention_layers"
+    extra = {f"{layers}.{k}.fusion_layer.weight": torch.zeros(1) for k in range(4)}
+    torch.save({"model": {**network.state_dict(), **extra, "criterion.empty_weight": torch.ones(20)}}, tmp_path / "w.pth")
+    found = build(config("mask2anomaly", tmp_path / "w.pth"), runtime)(image)
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    expected = []
+    for picture in (image, image.flip(1)):
+        padded = torch.zeros(1, 3, 64, 96)
+        padded[0, :, :48, :80] = ((picture - mean) / std).permute(2, 0, 1)
+        with torch.inference_mode():
+            output = network(padded)
+        expected.append(reference("mask2anomaly", output.class_logits[0], output.mask_logits[0], (48, 80)))
+    np.testing.assert_allclose(found.scores.numpy(), (expected[0] + expected[1][:, ::-1]) / 2, rtol=1e-4)
+    assert found.scores.std() > 0
 
 
 @pytest.mark.parametrize(("name", "score"), [("rba", "energy"), ("eam", "rba_tanh"), ("uno", "msp")])

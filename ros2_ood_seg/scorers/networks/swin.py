@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ros2_ood_seg.errors import WeightsError
 
 
 class SwinTransformer(nn.Module):
@@ -29,6 +32,29 @@ class SwinTransformer(nn.Module):
         )
         for stage, channels in enumerate(self.widths):
             self.add_module(f"norm{stage}", nn.LayerNorm(channels))
+
+    @classmethod
+    def like(cls, state: Mapping[str, Tensor], prefix: str = "backbone.") -> SwinTransformer:
+        """An untrained backbone of the same widths, depths, heads and window as a state dict.
+
+        Raises:
+            WeightsError: An entry whose shape is needed is missing.
+        """
+
+        def children(start: str) -> int:
+            return len({key.removeprefix(start).split(".")[0] for key in state if key.startswith(start)})
+
+        stages = range(children(f"{prefix}layers."))
+        names = [f"{prefix}layers.{stage}.blocks.0.attn.relative_position_bias_table" for stage in stages]
+        for name in (f"{prefix}patch_embed.proj.weight", *names):
+            if name not in state:
+                raise WeightsError(f"weights are not of a Swin Transformer: {name} is missing")
+        return cls(
+            width=int(state[f"{prefix}patch_embed.proj.weight"].shape[0]),
+            depths=[children(f"{prefix}layers.{stage}.blocks.") for stage in stages],
+            heads=[int(state[name].shape[1]) for name in names],
+            window=(math.isqrt(int(state[names[0]].shape[0])) + 1) // 2,
+        )
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Features at strides 4, 8, 16 and 32.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
+from torchvision.models.resnet import ResNet as TorchvisionResNet
 from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSwin
 
 from ros2_ood_seg.errors import WeightsError
-from ros2_ood_seg.scorers.networks.mask2former import Mask2Former
+from ros2_ood_seg.scorers.networks.mask2former import Mask2Former, _GlobalAttentionLayer
+from ros2_ood_seg.scorers.networks.resnet import ResNet
 from ros2_ood_seg.scorers.networks.swin import SwinTransformer
 
 WIDTH = 32
@@ -161,6 +164,55 @@ def test_shapes_tell_the_architecture(encoder_levels: int, decoder_levels: int, 
     like = Mask2Former.like(state)
     assert {key: value.shape for key, value in like.state_dict().items()} == {key: value.shape for key, value in state.items()}
     assert all(value.is_meta for value in like.state_dict().values())
+
+
+def test_resnet_equals_torchvision() -> None:
+    torch.manual_seed(0)
+    theirs = TorchvisionResNet(Bottleneck, [2, 1, 2, 1]).eval()
+    spread(theirs)
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 2.0)
+    state = {}
+    for key, value in theirs.state_dict().items():
+        if key.startswith("fc."):
+            continue
+        name = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        for k in range(1, 5):
+            name = name.replace(f"bn{k}", f"conv{k}.norm").replace(f"layer{k}", f"res{k + 1}")
+        state[name if name.startswith("res") else f"stem.{name}"] = value
+    ours = ResNet.like({f"backbone.{name}": value for name, value in state.items()}).eval()
+    ours.load_state_dict(state)
+    image = torch.randn(1, 3, 75, 130)
+    with torch.inference_mode():
+        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
+        for level, stage in zip(ours(image), (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4), strict=True):
+            x = stage(x)
+            assert_close(level, x)
+
+
+def test_global_attention_looks_inside_and_outside_the_mask() -> None:
+    torch.manual_seed(0)
+    layer = _GlobalAttentionLayer(WIDTH)
+    spread(layer)
+    x, position = torch.randn(2, 3, 1, WIDTH)
+    memory, memory_position = torch.randn(2, 10, 1, WIDTH)
+    # The first mask covers four pixels, the second none, the third all.
+    masks = torch.full((1, 3, 10), -1.0)
+    masks[0, 0, :4] = masks[0, 2] = 1.0
+    attended = []
+    for attention, seen in (
+        (layer.multihead_attn_foreground, (range(4), range(10), range(10))),
+        (layer.multihead_attn_background, (range(4, 10), range(10), range(10))),
+    ):
+        rows = []
+        for query, pixels in enumerate(seen):
+            keys = memory[list(pixels)]
+            rows.append(attention((x + position)[[query]], keys + memory_position[list(pixels)], keys)[0])
+        attended.append(torch.cat(rows))
+    expected = nn.functional.layer_norm(x + attended[0] + attended[1], (WIDTH,), layer.norm.weight, layer.norm.bias)
+    torch.testing.assert_close(layer(x, memory, memory_position, position, masks), expected)
 
 
 def test_published_size() -> None:

@@ -19,24 +19,31 @@ class Family:
     """One kind of checkpoint.
 
     Args:
-        name: Short name, also the file name that ``ood-seg weights import`` gives it.
+        name: Short name.
         title: What it is, in words.
         use: Settings that make the pipeline use it, empty when it has no place in the pipeline.
         signature: Beginnings of names that all have to occur.
-        outputs: Classes of ``final.6.weight``, where only their number tells two families apart; 0 for any.
+        outputs: An entry and the length of its first axis, where only that tells two families apart.
+        files: Names under which settings look for such a file, the usual one first; empty for the name.
     """
 
     name: str
     title: str
     use: str
     signature: tuple[str, ...]
-    outputs: int = 0
+    outputs: tuple[str, int] | None = None
+    files: tuple[str, ...] = ()
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Names under which settings look for such a file, the usual one first."""
+        return self.files or (self.name,)
 
     def matches(self, state: Mapping[str, Tensor]) -> bool:
         """Whether a state dict without wrapper prefixes is of this family."""
         if not all(any(key.startswith(start) for key in state) for start in self.signature):
             return False
-        return not self.outputs or state["final.6.weight"].shape[0] == self.outputs
+        return self.outputs is None or state[self.outputs[0]].shape[:1] == (self.outputs[1],)
 
 
 _WRN38 = ("mod1.conv1.weight", "mod7.block1.", "aspp.features.0.", "bot_fine.weight", "final.6.weight")
@@ -44,6 +51,7 @@ _WRN38 = ("mod1.conv1.weight", "mod7.block1.", "aspp.features.0.", "bot_fine.wei
 _MOBILE = ("features.0.0.weight", "aspp.features.0.", "bot_fine.weight", "final.6.weight")
 _LDN121 = ("backbone.features.denseblock4.", "spp.spp.", "upsample.upsample_layers.", "logits.conv.")
 _SEGFORMER = ("backbone.layers.0.0.projection.", "backbone.layers.0.1.0.ffn.", "decode_head.fusion_conv.conv.weight")
+_MASK2FORMER = ("backbone.", "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor.class_embed.weight")
 
 FAMILIES = (
     Family("compact_scorer", "compact scorer of this package", "scorer.name=compact", ("features.", "class_head.", "outlier_head.")),
@@ -56,13 +64,15 @@ FAMILIES = (
         "DeepLabV3+ MobileNetV2: plain, or trained as PEBAL or for maximum entropy, which the file does not tell",
         "scorer.name=deeplab_mobilenet_v2 or pebal or max_entropy or mahalanobis",
         _MOBILE,
+        files=("deeplab_mobilenet_v2", "pebal", "max_entropy"),
     ),
-    Family("pebal", "PEBAL on DeepLabV3+ WideResNet-38 (20 outputs)", "scorer.name=pebal", _WRN38, outputs=20),
+    Family("pebal", "PEBAL on DeepLabV3+ WideResNet-38 (20 outputs)", "scorer.name=pebal", _WRN38, outputs=("final.6.weight", 20)),
     Family(
         "deeplab_wrn38",
         "DeepLabV3+ WideResNet-38: plain, or trained for maximum entropy (Meta-OoD), which the file does not tell",
         "scorer.name=deeplab_wrn38 or max_entropy or mahalanobis",
         _WRN38,
+        files=("deeplab_wrn38", "max_entropy"),
     ),
     Family(
         "sml",
@@ -93,7 +103,21 @@ FAMILIES = (
         "gmmseg", "GMMSeg on SegFormer (mmsegmentation)", "scorer.name=gmmseg", (*_SEGFORMER, "decode_head.means", "decode_head.diagonal")
     ),
     Family("segformer", "SegFormer (mmsegmentation)", "scorer.name=segformer", (*_SEGFORMER, "decode_head.conv_seg.weight")),
-    Family("sam", "Segment Anything", "segmenter.name=sam", ("image_encoder.", "prompt_encoder.", "mask_decoder.")),
+    *(
+        Family(
+            "sam",
+            f"Segment Anything {title}",
+            f"segmenter.name=sam and --set segmenter.model={model}",
+            ("image_encoder.", "prompt_encoder.", "mask_decoder.", "image_encoder.patch_embed.proj.bias"),
+            outputs=("image_encoder.patch_embed.proj.bias", width),
+            files=(file,),
+        )
+        for title, model, width, file in (
+            ("ViT-B", "vit_b", 768, "sam_vit_b_01ec64"),
+            ("ViT-L", "vit_l", 1024, "sam_vit_l_0b3195"),
+            ("ViT-H", "vit_h", 1280, "sam_vit_h_4b8939"),
+        )
+    ),
     Family(
         "s2m_prompt_generator",
         "detectron2 Faster R-CNN with FPN, the layout of S2M's box prompt generator",
@@ -101,22 +125,31 @@ FAMILIES = (
         ("backbone.bottom_up.", "proposal_generator.rpn_head.", "roi_heads.box_predictor."),
     ),
     Family(
+        "mask2anomaly",
+        "detectron2 Mask2Former with global attention (Mask2Anomaly)",
+        "scorer.name=mask2anomaly",
+        (*_MASK2FORMER, "sem_seg_head.predictor.transformer_cross_attention_layers.0.multihead_attn_background."),
+    ),
+    Family(
+        "uno",
+        "detectron2 Mask2Former with a negative class beside those of Cityscapes (UNO)",
+        "scorer.name=uno",
+        _MASK2FORMER,
+        outputs=("sem_seg_head.predictor.class_embed.weight", 21),
+    ),
+    Family(
         "mask2former",
-        "detectron2 Mask2Former on Swin (RbA, EAM, UNO)",
-        "scorer.name=rba or eam or uno or mask2anomaly",
-        ("backbone.patch_embed.", "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."),
+        "detectron2 Mask2Former on Swin or ResNet: RbA or EAM, which the file does not tell",
+        "scorer.name=rba or eam",
+        _MASK2FORMER,
+        files=("rba", "eam", "uno", "mask2anomaly"),
     ),
     Family(
         "mask2former_ugains",
         "UGainS's Mask2Former on Swin (Lightning)",
-        "scorer.name=rba",
+        "scorer.name=rba and --set scorer.weights=rude0fhk, or --profile ugains",
         ("backbone.patch_embed.", "pixel_decoder.transformer.", "sem_seg_head.class_embed."),
-    ),
-    Family(
-        "mask2former_resnet",
-        "detectron2 Mask2Former on ResNet (Mask2Anomaly)",
-        "",
-        ("backbone.stem.", "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."),
+        files=("rude0fhk", "rba"),
     ),
 )
 """Known kinds of checkpoint, the more special ones first."""

@@ -116,25 +116,28 @@ def download(entry: ManifestEntry, folder: Path) -> Path:
     return target
 
 
-def import_weights(file: Path, folder: Path | None) -> tuple[Family, Path | None]:
+def import_weights(file: Path, folder: Path | None, name: str = "") -> tuple[Family, Path | None]:
     """Recognises a checkpoint by the names of its entries, and keeps it under the name that settings look for.
 
     Args:
         file: Any checkpoint :func:`~ros2_ood_seg.weights.store.load_weights` reads.
         folder: Where to save it as safetensors, in full precision and without wrappers; None only recognises it.
+        name: File name without ending, one of the family's; empty takes the usual one.
 
     Returns:
         Its family, and the file that was written.
 
     Raises:
         WeightsError: Damaged, or of no known family.
-        InputError: There is such a file already.
+        InputError: No setting looks for the name, or there is such a file already.
     """
     weights = without_prefixes(load_weights(file))
     family = recognise(weights)
+    if name and name not in family.file_names:
+        raise InputError(f"--name is '{name}', allowed for {family.title}: {', '.join(family.file_names)}")
     if folder is None:
         return family, None
-    target = folder / f"{family.name}.safetensors"
+    target = folder / f"{name or family.file_names[0]}.safetensors"
     if target.exists():
         raise InputError(f"'{target}' exists already: remove it first")
     save_weights(target, weights.state, weights.metadata, half=False)
@@ -157,6 +160,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     importing = actions.add_parser("import", help="say what a checkpoint is, and keep it where settings find it")
     importing.add_argument("file", type=Path, help="checkpoint of a published scorer, detector or segmenter")
     importing.add_argument("--weights-dir", type=Path, default=None, help="folder to save it in as safetensors; without, it is only named")
+    importing.add_argument("--name", default="", help="what it is, where the file does not tell: max_entropy, eam, …")
     parser.set_defaults(run=_run)
 
 
@@ -194,10 +198,13 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    family, target = import_weights(args.file, args.weights_dir)
+    family, target = import_weights(args.file, args.weights_dir, args.name)
     print(f"{args.file}: {family.title}")
     if target is not None:
         print(f"saved as {target}")
+        others = [name for name in family.file_names if name != target.stem]
+        if others and not args.name:
+            print(f"where it is another's, import it with --name {' or '.join(others)}")
     if family.use:
         print(f"use it with --set {family.use}" + (f" and --weights-dir {args.weights_dir}" if target else ""))
     else:

@@ -24,7 +24,36 @@ from ros2_ood_seg.scorers import SCORERS
 from ros2_ood_seg.scorers.networks.deeplab_mobilenet_v2 import DeepLabMobileNetV2
 from ros2_ood_seg.scorers.networks.deeplab_resnet101 import DeepLabResNet101
 from ros2_ood_seg.scorers.networks.deeplab_wrn38 import DeepLabWideResNet38
+from ros2_ood_seg.scorers.networks.ladder_densenet import LadderDenseNet
+from ros2_ood_seg.scorers.networks.mask2former import Mask2Former
+from ros2_ood_seg.scorers.networks.mix_transformer import MixTransformer
+from ros2_ood_seg.scorers.networks.resnet import ResNet
+from ros2_ood_seg.scorers.networks.segformer import GmmSeg, SegFormer
+from ros2_ood_seg.scorers.networks.swin import SwinTransformer
 from ros2_ood_seg.weights.store import save_weights
+
+
+def _mask2former(backbone: SwinTransformer | ResNet, classes: int = 20, *, levels: int = 3, global_attention: bool = False) -> Mask2Former:
+    """In the size of the releases: 100 queries, six encoder layers, nine decoder layers on three levels or one on one."""
+    layers = 9 if levels == 3 else 1
+    return Mask2Former(backbone, classes, 100, 256, 256, levels, 6, 1024, levels, layers, 2048, global_attention=global_attention)
+
+
+def _mit_b5() -> MixTransformer:
+    return MixTransformer((64, 128, 320, 512), (3, 6, 40, 3))
+
+
+def _swin_b() -> SwinTransformer:
+    return SwinTransformer(128, (2, 2, 18, 2), (4, 8, 16, 32), 12)
+
+
+def _swin_l() -> SwinTransformer:
+    return SwinTransformer(192, (2, 2, 18, 2), (6, 12, 24, 48), 12)
+
+
+def _resnet50() -> ResNet:
+    return ResNet(64, (64, 128, 256, 512), (256, 512, 1024, 2048), (3, 4, 6, 3))
+
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "deeplab_wrn38": DeepLabWideResNet38,
@@ -35,9 +64,17 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "dense_hybrid": lambda: DeepLabWideResNet38(ood_head=True),
     "mahalanobis": DeepLabWideResNet38,
     "sml": DeepLabResNet101,
+    "ldn121": LadderDenseNet,
+    "dense_hybrid_ldn121": lambda: LadderDenseNet(ood_head=True),
+    "segformer": lambda: SegFormer(_mit_b5(), 19, 768),
+    "gmmseg": lambda: GmmSeg(_mit_b5(), 19, 5, 768, 64),
+    "rba": lambda: _mask2former(_swin_b(), levels=1),
+    "eam": lambda: _mask2former(_swin_l()),
+    "uno": lambda: _mask2former(_swin_l(), 21),
+    "mask2anomaly": lambda: _mask2former(_resnet50(), global_attention=True),
     "torchvision_segmentation": lambda: segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None),
 }
-"""Networks of the scorers whose weights are not bundled."""
+"""Networks of the scorers whose weights are not bundled, in the sizes of their releases."""
 
 
 def register(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -115,6 +152,7 @@ def _run(args: argparse.Namespace) -> int:
         if getattr(args, option) < least:
             raise InputError(f"--{option} is {getattr(args, option)}, allowed: {least} or more")
     figures = {}
+    print(f"random weights but for compact, one frame of {args.width}x{args.height}")
     for name in args.scorers:
         with tempfile.TemporaryDirectory() as folder:
             parameters = _in_own_process(write_random_weights, name, Path(folder)) if name in NETWORKS else 0
@@ -123,7 +161,13 @@ def _run(args: argparse.Namespace) -> int:
         figures[name] = row
         memory = f"{row['peak_memory_mb']:6.0f} MB" + (f", GPU {row['peak_gpu_memory_mb']:6.0f} MB" if row["peak_gpu_memory_mb"] else "")
         print(f"{name:26} {row['parameters'] / 1e6:6.1f} M  p50 {row['p50_ms']:9.1f} ms  p95 {row['p95_ms']:9.1f} ms  {memory}", flush=True)
-    report = {"image": [args.width, args.height], "precision": args.precision, "scorers": figures, "hardware": hardware()}
+    report = {
+        "image": [args.width, args.height],
+        "precision": args.precision,
+        "weights": "random but for compact",
+        "scorers": figures,
+        "hardware": hardware(),
+    }
     if args.output is not None:
         args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0

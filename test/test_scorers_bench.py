@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from ros2_ood_seg import scorers_bench
 from ros2_ood_seg.errors import InputError
@@ -29,10 +30,30 @@ def test_writes_time_memory_and_size(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert figures["peak_memory_mb"] > 50
     # The published size of LR-ASPP with 21 classes.
     assert figures["parameters"] == 3_221_538
-    assert "torchvision_segmentation" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "torchvision_segmentation" in printed
+    assert "random weights" in printed
+
+
+# With 19 classes, and without what only training uses; sources in docs/scorers.md.
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("rpl", 167.999),
+        ("dense_hybrid_ldn121", 11.065),
+        ("segformer", 84.611),
+        ("gmmseg", 84.658),
+        ("rba", 95.142),
+        ("mask2anomaly", 46.376),
+    ],
+)
+def test_networks_have_the_sizes_of_their_releases(name: str, millions: float) -> None:
+    with torch.device("meta"):
+        network = scorers_bench.NETWORKS[name]()
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.001)
 
 
 def test_knows_every_scorer_that_has_a_network_to_load() -> None:
-    assert set(scorers_bench.NETWORKS) <= set(SCORERS.names)
+    assert {"compact", "external", *scorers_bench.NETWORKS} == set(SCORERS.names)
     with pytest.raises(InputError, match="--repeats is 0"):
         run("--repeats", "0")

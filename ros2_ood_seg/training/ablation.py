@@ -26,7 +26,7 @@ from ros2_ood_seg.evaluation.datasets import DataSet, LabelledImage, open_datase
 from ros2_ood_seg.evaluation.evaluate import Evaluation, Options
 from ros2_ood_seg.pipeline import Pipeline
 from ros2_ood_seg.scorers.base import Scorer
-from ros2_ood_seg.types import FrameResult, ScoreMap
+from ros2_ood_seg.types import Calibration, FrameResult, ScoreMap
 
 Tell = Callable[[LabelledImage], None]
 """Takes the frame that comes next, with its ground truth."""
@@ -57,10 +57,9 @@ class CachedScorer:
 
     def __init__(self, scorer: Scorer, folder: Path) -> None:
         self.name = scorer.name
-        self.computed = 0
         self._scorer = scorer
         self._folder = folder
-        self._known: dict[str, tuple[ScoreMap, float]] = {}
+        self._known: dict[str, tuple[str, Calibration, float]] = {}
         self.last_ms = 0.0
 
     def __call__(self, image: Tensor, external: Tensor | None = None) -> ScoreMap:
@@ -72,11 +71,9 @@ class CachedScorer:
             start = time.perf_counter()
             score_map = self._scorer(image, external)
             np.save(path, score_map.scores.cpu().numpy())
-            empty = ScoreMap(score_map.scores[:0], score_map.scorer, score_map.calibration)
-            self._known[key] = (empty, (time.perf_counter() - start) * 1e3)
-            self.computed += 1
-        empty, self.last_ms = self._known[key]
-        return ScoreMap(torch.from_numpy(np.load(path)).to(image.device), empty.scorer, empty.calibration)
+            self._known[key] = (score_map.scorer, score_map.calibration, (time.perf_counter() - start) * 1e3)
+        name, calibration, self.last_ms = self._known[key]
+        return ScoreMap(torch.from_numpy(np.load(path)).to(image.device), name, calibration)
 
     def clear(self) -> None:
         """Removes the maps."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from ros2_ood_seg.training import calibrate, prompt_generator_cli, scorer_command, segmenter
+from ros2_ood_seg.training import calibrate, prompt_generator_cli, rba_command, scorer_command, segmenter
 
-TRAINERS = (scorer_command, prompt_generator_cli, segmenter)
+TRAINERS = (scorer_command, rba_command, prompt_generator_cli, segmenter)
 """Modules whose ``register`` adds one model to ``ood-seg train``."""
 
 

@@ -133,7 +133,9 @@ def _recipe(args: argparse.Namespace) -> ScorerTraining | PublishedTraining:
     return replace(recipe, **given, bfloat16=args.bfloat16, paste=paste)
 
 
-def calibrate_published(weights: Path, data: ScorerData, max_frames_per_source: int, runtime: Runtime) -> None:
+def calibrate_published(
+    weights: Path, data: ScorerData, max_frames_per_source: int, runtime: Runtime, input_width: int = ScorerConfig().input_width
+) -> None:
     """Calibrates a published scorer with new weights on held-out in-distribution frames; the calibration lies beside the weights.
 
     Args:
@@ -141,8 +143,16 @@ def calibrate_published(weights: Path, data: ScorerData, max_frames_per_source: 
         data: What it was trained from; the held-out side is used.
         max_frames_per_source: Frames per set of road images, evenly spread.
         runtime: Where to run.
+        input_width: Width the frames are resized to, px.
+
+    Raises:
+        InputError: A width that the settings do not allow.
     """
-    scorer: CalibratedScorer = SCORERS.get(weights.stem)(ScorerConfig(name=weights.stem, weights=str(weights)), runtime)
+    try:
+        config = ScorerConfig(name=weights.stem, weights=str(weights), input_width=input_width)
+    except ValueError as error:
+        raise InputError(f"calibrate: {' '.join(str(error).split())}") from error
+    scorer: CalibratedScorer = SCORERS.get(weights.stem)(config, runtime)
     with torch.inference_mode():
         calibration = calibrate(scorer, _held_out_frames(data, max_frames_per_source), runtime.device)
     write_calibration(scorer.weights_path, scorer.calibration_key, calibration)

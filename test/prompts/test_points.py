@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ros2_ood_seg.config import PointPromptsConfig
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.points_bench import farthest_points_float64
 from ros2_ood_seg.prompts import POINT_PROMPTS
 from ros2_ood_seg.prompts.points import _farthest_points_dense, farthest_points, kmeans_points, oracle_points, random_points
 from ros2_ood_seg.runtime import Runtime
@@ -17,20 +18,6 @@ from ros2_ood_seg.types import Calibration, ScoreMap
 
 CPU = Runtime(torch.device("cpu"))
 MAPS = st.tuples(st.integers(1, 70), st.integers(1, 70)).flatmap(lambda shape: arrays(bool, shape))
-
-
-def sequential_definition(candidates: NDArray[np.bool_], count: int) -> NDArray[np.float64]:
-    """Farthest point sampling as written down, in float64."""
-    y, x = np.nonzero(candidates)
-    xy = np.stack([x, y], axis=1).astype(np.float64)
-    if not len(xy):
-        return xy
-    chosen = [0]
-    distance = np.full(len(xy), np.inf)
-    while len(chosen) < min(count, len(xy)):
-        distance = np.minimum(distance, np.linalg.norm(xy - xy[chosen[-1]], axis=1))
-        chosen.append(int(distance.argmax()))
-    return xy[chosen]
 
 
 def blobs(seed: int, height: int, width: int) -> NDArray[np.bool_]:
@@ -45,7 +32,7 @@ def blobs(seed: int, height: int, width: int) -> NDArray[np.bool_]:
 @settings(deadline=None, max_examples=80)
 @given(candidates=MAPS, count=st.integers(1, 40))
 def test_farthest_points_are_those_of_the_definition(candidates: NDArray[np.bool_], count: int) -> None:
-    expected = sequential_definition(candidates, count)
+    expected = farthest_points_float64(candidates, count)
     mask = torch.from_numpy(candidates)
     np.testing.assert_array_equal(_farthest_points_dense(mask, count).numpy(), expected)
     if candidates.any():
@@ -57,14 +44,14 @@ def test_farthest_points_on_larger_maps(seed: int) -> None:
     candidates = blobs(seed, 211, 317)
     if not candidates.any():
         candidates[5, 7] = True
-    expected = sequential_definition(candidates, 50)
+    expected = farthest_points_float64(candidates, 50)
     np.testing.assert_array_equal(farthest_points(torch.from_numpy(candidates), 50).numpy(), expected)
 
 
 def test_farthest_points_of_a_full_map_break_ties_in_raster_order() -> None:
     candidates = torch.ones(64, 96, dtype=torch.bool)
     points = farthest_points(candidates, 200).numpy()
-    np.testing.assert_array_equal(points, sequential_definition(candidates.numpy(), 200))
+    np.testing.assert_array_equal(points, farthest_points_float64(candidates.numpy(), 200))
     assert points[0].tolist() == [0, 0]
     assert points[1].tolist() == [95, 63]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -231,7 +230,7 @@ def start_network(method: Method, init: Path | None) -> AnomalyDeepLab:
     family = recognise(weights).name
     if family not in PLAIN_FAMILIES:
         raise WeightsError(f"weights file '{init}' is of the family '{family}', training starts from {' or '.join(PLAIN_FAMILIES)}")
-    base = cast("AnomalyDeepLab", ready(like(weights.state), weights, family, Runtime(torch.device("cpu"))))
+    base = ready(like, weights, family, Runtime(torch.device("cpu")))
     return _with_parts(base, method)
 
 

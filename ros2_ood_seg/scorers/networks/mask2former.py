@@ -1,6 +1,6 @@
-"""Mask2Former (Cheng et al., CVPR 2022) on Swin, in plain PyTorch, with the parameter names of its release.
+"""Mask2Former (Cheng et al., CVPR 2022) on Swin or ResNet, in plain PyTorch, with the parameter names of its release.
 
-RbA, UGainS, EAM and UNO published checkpoints of this network. They differ in the widths of Swin, in the feature levels that the
+RbA, UGainS, EAM, UNO and Mask2Anomaly published checkpoints of this network. They differ in the backbone, in the feature levels that the
 deformable encoder and the transformer decoder look at, and in the number of decoder layers, all of which the shapes in a checkpoint
 tell. Of the deformable attention only the sampling needs a kernel; ``grid_sample`` is one that PyTorch brings along.
 """
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ros2_ood_seg.errors import WeightsError
+from ros2_ood_seg.scorers.networks.resnet import ResNet
 from ros2_ood_seg.scorers.networks.swin import SwinTransformer
 
 HEADS = 8
@@ -46,7 +47,7 @@ class Mask2Former(nn.Module):
     """Backbone, pixel decoder and masked-attention transformer decoder.
 
     Args:
-        backbone: Swin Transformer.
+        backbone: Swin Transformer or ResNet.
         classes: Outputs per query, "no object" included.
         queries: Number of queries N.
         width: Channels of both decoders.
@@ -57,11 +58,12 @@ class Mask2Former(nn.Module):
         decoder_levels: Pixel decoder levels that queries attend to in turn, from the coarsest.
         decoder_layers: Layers of the transformer decoder.
         decoder_hidden: Hidden channels of its feed-forward nets.
+        global_attention: Queries also attend to the pixels outside their masks, as in Mask2Anomaly.
     """
 
     def __init__(
         self,
-        backbone: SwinTransformer,
+        backbone: SwinTransformer | ResNet,
         classes: int,
         queries: int,
         width: int,
@@ -72,13 +74,16 @@ class Mask2Former(nn.Module):
         decoder_levels: int,
         decoder_layers: int,
         decoder_hidden: int,
+        *,
+        global_attention: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         pixel_decoder = _PixelDecoder(
             backbone.widths, width, mask_width, encoder_levels, encoder_layers, encoder_hidden, output_levels=decoder_levels
         )
-        predictor = _Predictor(classes, queries, width, mask_width, decoder_levels, decoder_layers, decoder_hidden)
+        attention = _GlobalAttentionLayer if global_attention else _CrossAttentionLayer
+        predictor = _Predictor(classes, queries, width, mask_width, decoder_levels, decoder_layers, decoder_hidden, attention)
         self.sem_seg_head = nn.ModuleDict({"pixel_decoder": pixel_decoder, "predictor": predictor})
 
     @classmethod
@@ -91,7 +96,7 @@ class Mask2Former(nn.Module):
 
         def shape(name: str) -> tuple[int, ...]:
             if name not in state:
-                raise WeightsError(f"weights are not of the family 'mask2former' with a Swin backbone: {name} is missing")
+                raise WeightsError(f"weights are not of the family 'mask2former': {name} is missing")
             return tuple(state[name].shape)
 
         def count(pattern: str) -> int:
@@ -100,19 +105,12 @@ class Mask2Former(nn.Module):
                 number += 1
             return number
 
-        stages = count("backbone.layers.{}.")
-        tables = [shape(f"backbone.layers.{k}.blocks.0.attn.relative_position_bias_table") for k in range(stages)]
         decoder, predictor = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
         mask_width, width = shape(f"{decoder}mask_features.weight")[:2]
         classes = shape(f"{predictor}class_embed.weight")[0]
         with torch.device("meta"):
             return cls(
-                SwinTransformer(
-                    width=shape("backbone.patch_embed.proj.weight")[0],
-                    depths=[count(f"backbone.layers.{k}.blocks.{{}}.") for k in range(stages)],
-                    heads=[table[1] for table in tables],
-                    window=(math.isqrt(tables[0][0]) + 1) // 2,
-                ),
+                ResNet.like(state) if "backbone.stem.conv1.weight" in state else SwinTransformer.like(state),
                 classes=classes,
                 queries=shape(f"{predictor}query_feat.weight")[0],
                 width=width,
@@ -123,6 +121,7 @@ class Mask2Former(nn.Module):
                 decoder_levels=shape(f"{predictor}level_embed.weight")[0],
                 decoder_layers=count(f"{predictor}transformer_ffn_layers.{{}}."),
                 decoder_hidden=shape(f"{predictor}transformer_ffn_layers.0.linear1.weight")[0],
+                global_attention=any(".multihead_attn_background." in key for key in state),
             )
 
     def forward(self, image: Tensor) -> Mask2FormerOutput:
@@ -249,10 +248,12 @@ class _DeformableAttention(nn.Module):
 class _Predictor(nn.Module):
     """Queries attend to the pixels inside their own predicted masks, to each other, and become classes and masks."""
 
-    def __init__(self, classes: int, queries: int, width: int, mask_width: int, levels: int, layers: int, hidden: int) -> None:
+    def __init__(
+        self, classes: int, queries: int, width: int, mask_width: int, levels: int, layers: int, hidden: int, attention: type[nn.Module]
+    ) -> None:
         super().__init__()
         self.transformer_self_attention_layers = nn.ModuleList(_SelfAttentionLayer(width) for _ in range(layers))
-        self.transformer_cross_attention_layers = nn.ModuleList(_CrossAttentionLayer(width) for _ in range(layers))
+        self.transformer_cross_attention_layers = nn.ModuleList(attention(width) for _ in range(layers))
         self.transformer_ffn_layers = nn.ModuleList(_FeedForwardLayer(width, hidden) for _ in range(layers))
         self.decoder_norm = nn.LayerNorm(width)
         self.query_feat = nn.Embedding(queries, width)
@@ -277,8 +278,8 @@ class _Predictor(nn.Module):
             masks = self._masks(x, mask_features)
             if self.training:
                 auxiliary.append((self._classes(x), masks))
-            outside = self._outside(masks, levels[k].shape[-2:])
-            x = cross_attention(x, memories[k], positions[k], query_position, outside)
+            masks = F.interpolate(masks, size=levels[k].shape[-2:], mode="bilinear", align_corners=False).flatten(2)
+            x = cross_attention(x, memories[k], positions[k], query_position, masks)
             x = feed_forward(self_attention(x, query_position))
         return Mask2FormerOutput(self._classes(x), self._masks(x, mask_features), tuple(auxiliary))
 
@@ -291,13 +292,6 @@ class _Predictor(nn.Module):
         for k, layer in enumerate(self.mask_embed.layers):
             embedding = layer(F.relu(embedding) if k else embedding)
         return torch.einsum("bqc,bchw->bqhw", embedding, mask_features)
-
-    @staticmethod
-    def _outside(mask_logits: Tensor, size_hw: Sequence[int]) -> Tensor:
-        """Where a query must not look, (B * heads, N, h * w); a query whose mask is empty looks everywhere."""
-        outside = F.interpolate(mask_logits, size=tuple(size_hw), mode="bilinear", align_corners=False).flatten(2) < 0
-        outside &= ~outside.all(dim=2, keepdim=True)
-        return outside.repeat_interleave(HEADS, dim=0)
 
 
 class _SelfAttentionLayer(nn.Module):
@@ -313,15 +307,43 @@ class _SelfAttentionLayer(nn.Module):
 
 
 class _CrossAttentionLayer(nn.Module):
+    """Queries attend to the pixels inside their masks."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.multihead_attn = nn.MultiheadAttention(width, HEADS)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, memory: Tensor, memory_position: Tensor, position: Tensor, outside: Tensor) -> Tensor:
-        attended = self.multihead_attn(x + position, memory + memory_position, memory, attn_mask=outside, need_weights=False)[0]
+    def forward(self, x: Tensor, memory: Tensor, memory_position: Tensor, position: Tensor, masks: Tensor) -> Tensor:
+        """(N, B, C) queries; ``masks`` are the (B, N, h * w) logits of their masks."""
+        attended = _attend(self.multihead_attn, x + position, memory, memory_position, masks < 0)
         result: Tensor = self.norm(x + attended)
         return result
+
+
+class _GlobalAttentionLayer(nn.Module):
+    """Queries attend to the pixels inside their masks and, with weights of their own, to those outside (Rai et al., ICCV 2023, Eq. 2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.multihead_attn_foreground = nn.MultiheadAttention(width, HEADS)
+        self.multihead_attn_background = nn.MultiheadAttention(width, HEADS)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, memory: Tensor, memory_position: Tensor, position: Tensor, masks: Tensor) -> Tensor:
+        """As in :class:`_CrossAttentionLayer`."""
+        inside = _attend(self.multihead_attn_foreground, x + position, memory, memory_position, masks < 0)
+        outside = _attend(self.multihead_attn_background, x + position, memory, memory_position, masks > 0)
+        result: Tensor = self.norm(x + inside + outside)
+        return result
+
+
+def _attend(attention: nn.MultiheadAttention, query: Tensor, memory: Tensor, memory_position: Tensor, blocked: Tensor) -> Tensor:
+    """Attention that must not look where ``blocked``, (B, N, h * w); a query that is blocked everywhere looks everywhere."""
+    blocked = blocked & ~blocked.all(dim=2, keepdim=True)
+    blocked = blocked.repeat_interleave(HEADS, dim=0)
+    result: Tensor = attention(query, memory + memory_position, memory, attn_mask=blocked, need_weights=False)[0]
+    return result
 
 
 class _FeedForwardLayer(nn.Module):

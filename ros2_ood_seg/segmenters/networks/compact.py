@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import mobilenet_v2
 
 from ros2_ood_seg.errors import WeightsError
+from ros2_ood_seg.mobilenet import mobilenet_v2_features
 from ros2_ood_seg.weights import WeightFile
 
 INPUT_CHANNELS = 5
@@ -41,7 +41,7 @@ class CompactNet(nn.Module):
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.width = width
-        self.encoder = fold_batch_norm(mobilenet_v2(weights=None).features[: _LAST + 1])
+        self.encoder = fold_batch_norm(mobilenet_v2_features()[: _LAST + 1])
         self.encoder[:_FROZEN].requires_grad_(False)
         _, c4, c8, c16, c32 = _TAPS.values()
         self.prompt = nn.Conv2d(INPUT_CHANNELS - 3, c4, 3, padding=1)
@@ -99,7 +99,7 @@ class CompactNet(nn.Module):
         Raises:
             WeightsError: The file does not hold that network.
         """
-        features = mobilenet_v2(weights=None).features
+        features = mobilenet_v2_features()
         try:
             features.load_state_dict(start.state)
         except RuntimeError as error:

@@ -174,6 +174,9 @@ class RuntimeConfig(_Settings):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="'auto': bfloat16 autocast on GPUs that have it, float32 otherwise"
     )
+    engine: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="What runs the compact networks: 'auto' is openvino in float32 on a CPU where it is installed, torch otherwise"
+    )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the networks, 0 leaves torch's choice")
     ignore_mask: str = Field(
         "", description="PNG of the camera image's size, non-zero where nothing is to be found (ego hood, rectification border)"

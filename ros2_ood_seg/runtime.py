@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 from ros2_ood_seg.config import RuntimeConfig
+from ros2_ood_seg.engines import OpenVinoNetwork, openvino_installed
 from ros2_ood_seg.errors import InputError
+
+Forward = Callable[[Tensor], tuple[Tensor, ...]]
+"""A network that is ready to run: (B, C, h, w) float32 on the runtime's device to its outputs."""
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,18 +30,20 @@ class Runtime:
         device: Where networks and tensors live.
         autocast_dtype: Reduced precision of the networks, or None for float32.
         weights_dir: Folder of further weights, or None.
+        engine: What runs the networks given to :meth:`prepare`.
     """
 
     device: torch.device
     autocast_dtype: torch.dtype | None = None
     weights_dir: Path | None = None
+    engine: Literal["torch", "openvino"] = "torch"
 
     @classmethod
     def from_config(cls, config: RuntimeConfig) -> Runtime:
         """Resolves ``auto`` and checks that the device exists.
 
         Raises:
-            InputError: CUDA was asked for and is not there.
+            InputError: CUDA or OpenVINO was asked for and is not there, or the engine does not go with device and precision.
         """
         cuda = torch.cuda.is_available()
         name = config.device if config.device != "auto" else ("cuda" if cuda else "cpu")
@@ -50,7 +62,28 @@ class Runtime:
         weights_dir = Path(config.weights_dir) if config.weights_dir else None
         if weights_dir is not None and not weights_dir.is_dir():
             raise InputError(f"runtime.weights_dir '{weights_dir}' is not a folder")
-        return cls(device, torch.bfloat16 if wants_bf16 else None, weights_dir)
+        engine = _engine(config.engine, can_openvino=device.type == "cpu" and not wants_bf16)
+        return cls(device, torch.bfloat16 if wants_bf16 else None, weights_dir, engine)
+
+    def prepare(self, network: nn.Module, example: Tensor, *, parallel: bool = False) -> Forward:
+        """Makes a network ready to run, with the engine.
+
+        Args:
+            network: In evaluation mode on the device, in channels-last memory format; returns a tuple of tensors.
+            example: (B, C, h, w) float32 input to trace it with.
+            parallel: The items of a batch are small; see :class:`~ros2_ood_seg.engines.OpenVinoNetwork`.
+        """
+        if self.engine == "openvino":
+            try:
+                return OpenVinoNetwork(network, example, torch.get_num_threads(), parallel=parallel)
+            except RuntimeError as error:
+                _LOG.warning("OpenVINO cannot run %s, torch runs it: %s", type(network).__name__, " ".join(str(error).split())[:200])
+
+        def forward(x: Tensor) -> tuple[Tensor, ...]:
+            with self.autocast():
+                return tuple(network(x.contiguous(memory_format=torch.channels_last)))
+
+        return forward
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Context in which the networks run."""
@@ -62,3 +95,14 @@ class Runtime:
         """Waits for the device, so that wall-clock times mean something."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _engine(wanted: str, can_openvino: bool) -> Literal["torch", "openvino"]:
+    if wanted == "torch":
+        return "torch"
+    installed = openvino_installed()
+    if wanted == "openvino" and not installed:
+        raise InputError("runtime.engine is 'openvino' but the package openvino is not installed: 'pip install openvino', or use 'auto'")
+    if wanted == "openvino" and not can_openvino:
+        raise InputError("runtime.engine is 'openvino', which runs in float32 on a CPU: use 'auto', or other runtime.device and precision")
+    return "openvino" if installed and can_openvino else "torch"

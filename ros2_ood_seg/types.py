@@ -6,8 +6,9 @@ the *input* image; boxes are ``(x_min, y_min, x_max, y_max)`` with the maximum e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -92,11 +93,13 @@ class Calibration:
 
     def to_unit(self, raw: Tensor) -> Tensor:
         """Calibrates raw scores of any shape; float32 in [0, 1] on the same device."""
-        result = torch.full_like(raw, self.unit[0], dtype=torch.float32)
+        raw = raw.float()
+        result = torch.full_like(raw, self.unit[0])
+        ramp = torch.empty_like(raw)
         # A sum of clamped ramps: no search, no branch, the same few passes on CPU and GPU.
         for k in range(len(self.raw) - 1):
             width = self.raw[k + 1] - self.raw[k]
-            ramp = (raw.float() - self.raw[k]).clamp_(0.0, width)
+            torch.sub(raw, self.raw[k], out=ramp).clamp_(0.0, width)
             result.add_(ramp, alpha=(self.unit[k + 1] - self.unit[k]) / width)
         return result.clamp_(0.0, 1.0)
 
@@ -125,15 +128,20 @@ class ScoreMap:
         scores: (H, W) float32, finite, higher = more anomalous, the scorer's own range.
         scorer: Name of the scorer, for messages and reports.
         calibration: Maps ``scores`` to [0, 1].
-        semantic: (H, W) uint8 in-distribution class per pixel, or None when the scorer has no classes.
-        class_names: Names of the classes in ``semantic``.
+        classes: (H, W) uint8 in-distribution class per pixel, or what computes them, or None when the scorer has no classes.
+        class_names: Names of the classes.
     """
 
     scores: Tensor
     scorer: str
     calibration: Calibration
-    semantic: Tensor | None = None
+    classes: Tensor | Callable[[], Tensor] | None = None
     class_names: tuple[str, ...] = ()
+
+    @cached_property
+    def semantic(self) -> Tensor | None:
+        """(H, W) uint8 in-distribution class per pixel, computed when first asked for; None when the scorer has no classes."""
+        return self.classes() if callable(self.classes) else self.classes
 
     @property
     def shape_hw(self) -> tuple[int, int]:

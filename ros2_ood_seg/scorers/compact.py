@@ -10,14 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
 from ros2_ood_seg.config import ScorerConfig
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import functions
 from ros2_ood_seg.scorers.calibration import calibration_path, read_calibration
-from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, OUTPUT_STRIDE, STRIDE, CompactNet, CompactOutput
+from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, OUTPUT_STRIDE, STRIDE, CompactNet, CompactOutput, MergedHeads
 from ros2_ood_seg.types import Calibration, ScoreMap
 from ros2_ood_seg.weights.store import WeightFile, find_weights, load_into, load_weights
 
@@ -66,31 +65,30 @@ class CompactScorer:
     ) -> None:
         if config.smoothing_px and config.smoothing_px % 2 == 0:
             raise InputError(f"scorer.smoothing_px is {config.smoothing_px}, allowed: 0 or an odd number")
-        self._net = net.eval().requires_grad_(False).to(runtime.device)
-        self._net.to(memory_format=torch.channels_last)
+        merged = MergedHeads(net.eval()).requires_grad_(False).to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._forward = runtime.prepare(merged.eval(), torch.zeros((1, 3, 2 * STRIDE, 2 * STRIDE), device=runtime.device))
         self.weights_path = weights
         self.calibration_key = f"{self.name}/{score}"
         self._score = score
         self._calibration = calibration
         self._config = config
-        self._runtime = runtime
 
     def __call__(self, image: Tensor, external: Tensor | None = None) -> ScoreMap:
         """Scores one image; see :class:`~ros2_ood_seg.scorers.base.Scorer`."""
         if external is not None:
             raise InputError("scorer 'compact' computes its own map and takes no external one: set scorer.name to 'external'")
-        height, width = int(image.shape[0]), int(image.shape[1])
+        shape_hw = (int(image.shape[0]), int(image.shape[1]))
         output = self.logits(image)
-        # Upsampling the logits, not the finished score, keeps borders between classes sharp.
-        semantic = _to_image(output.class_logits, (height, width))[0].argmax(0).to(torch.uint8)
-        scores = _to_image(score_of(self._score, output, self._config.temperature)[:, None], (height, width))
+        scores = _to_image(score_of(self._score, output, self._config.temperature)[:, None], shape_hw)
         if self._config.smoothing_px:
+            from torchvision.transforms.functional import gaussian_blur
+
             # As in PEBAL and RPL: sigma 1 at 7 px.
             scores = gaussian_blur(scores, [self._config.smoothing_px] * 2, [self._config.smoothing_px / 7.0] * 2)
         scores = scores[0, 0]
         if not torch.isfinite(scores).all():
             raise InputError(f"scorer 'compact' gave {int((~torch.isfinite(scores)).sum())} scores that are not finite: damaged weights?")
-        return ScoreMap(scores, self.name, self._calibration, semantic, CLASS_NAMES)
+        return ScoreMap(scores, self.name, self._calibration, lambda: _classes(output.class_logits, shape_hw), CLASS_NAMES)
 
     def logits(self, image: Tensor) -> CompactOutput:
         """The network's outputs for one image, averaged over its scales.
@@ -103,24 +101,24 @@ class CompactScorer:
         """
         config = self._config
         scales = (1.0,) if config.second_scale == 1.0 else (1.0, config.second_scale)
-        looks = [self._logits_at(image, round(config.input_width * scale)) for scale in scales]
-        height, width = max((int(look.outlier_logit.shape[1]), int(look.outlier_logit.shape[2])) for look in looks)
-        classes = torch.stack([_to_image(look.class_logits, (height, width)) for look in looks]).mean(0)
-        outlier = torch.stack([_to_image(look.outlier_logit[:, None], (height, width))[:, 0] for look in looks]).mean(0)
-        return CompactOutput(classes, outlier)
+        pixels = image.permute(2, 0, 1)[None].float()
+        looks = [self._logits_at(pixels, round(config.input_width * scale)) for scale in scales]
+        size = max((int(look.shape[2]), int(look.shape[3])) for look in looks)
+        logits = torch.stack([_to_image(look, size) for look in looks]).mean(0)
+        return CompactOutput(logits[:, :-1], logits[:, -1])
 
-    def _logits_at(self, image: Tensor, in_w: int) -> CompactOutput:
-        height, width = int(image.shape[0]), int(image.shape[1])
+    def _logits_at(self, pixels: Tensor, in_w: int) -> Tensor:
+        """(1, classes + 1, h/4, w/4) of the image at this width."""
+        height, width = int(pixels.shape[2]), int(pixels.shape[3])
         in_h = max(1, round(height * in_w / width))
-        x = image.permute(2, 0, 1)[None].float()
+        x = pixels
         if (in_h, in_w) != (height, width):
             x = F.interpolate(x, size=(in_h, in_w), mode="bilinear", antialias=in_w < width, align_corners=False)
         # Repeating the border rather than padding with zeros: the network never saw black frames around pictures.
         x = F.pad(x, (0, -in_w % STRIDE, 0, -in_h % STRIDE), mode="replicate")
-        with torch.inference_mode(), self._runtime.autocast():
-            output = self._net(x.contiguous(memory_format=torch.channels_last))
-        rows, columns = math.ceil(in_h / OUTPUT_STRIDE), math.ceil(in_w / OUTPUT_STRIDE)
-        return CompactOutput(output.class_logits[..., :rows, :columns].float(), output.outlier_logit[..., :rows, :columns].float())
+        with torch.inference_mode():
+            logits = self._forward(x)[0]
+        return logits[..., : math.ceil(in_h / OUTPUT_STRIDE), : math.ceil(in_w / OUTPUT_STRIDE)].float()
 
 
 def score_of(score: str, output: CompactOutput, temperature: float = 1.0) -> Tensor:
@@ -133,7 +131,14 @@ def score_of(score: str, output: CompactOutput, temperature: float = 1.0) -> Ten
 
 
 def _to_image(x: Tensor, shape_hw: tuple[int, int]) -> Tensor:
+    if tuple(x.shape[-2:]) == shape_hw:
+        return x
     return F.interpolate(x, size=shape_hw, mode="bilinear", align_corners=False)
+
+
+def _classes(class_logits: Tensor, shape_hw: tuple[int, int]) -> Tensor:
+    """(H, W) uint8; upsampling the logits, not the classes, keeps borders between them sharp."""
+    return _to_image(class_logits, shape_hw)[0].argmax(0).to(torch.uint8)
 
 
 def _calibration(weights: WeightFile, score: str, temperature: float) -> Calibration:

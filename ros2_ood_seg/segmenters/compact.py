@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from ros2_ood_seg.config import SegmenterConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.runtime import Runtime
-from ros2_ood_seg.segmenters.networks.compact import MASK_STRIDE, CompactNet, fold_batch_norm
+from ros2_ood_seg.segmenters.networks.compact import INPUT_CHANNELS, MASK_STRIDE, CompactNet, fold_batch_norm
 from ros2_ood_seg.segmenters.windows import Box, Window, box_window, clip_box, cut_window, point_window, prompt_maps
 from ros2_ood_seg.types import Masks, Prompts
 from ros2_ood_seg.weights import find_weights, load_weights
@@ -87,8 +88,7 @@ class CompactSegmenter:
     name = "compact"
 
     def __init__(self, network: CompactNet, runtime: Runtime, batch_size: int = 64) -> None:
-        self._network = network
-        self._runtime = runtime
+        self._forward = runtime.prepare(network, torch.zeros((1, INPUT_CHANNELS, 64, 64), device=runtime.device), parallel=True)
         self._batch_size = batch_size
 
     @torch.no_grad()
@@ -129,9 +129,7 @@ class CompactSegmenter:
 
     def _run(self, image: Tensor, views: Sequence[View], size: int) -> tuple[Tensor, Tensor]:
         """(N, 1, size/2, size/2) float32 logits and (N,) predicted IoU of a batch."""
-        crops = network_input(image, views, size).contiguous(memory_format=torch.channels_last)
-        with self._runtime.autocast():
-            logits, iou = self._network(crops)
+        logits, iou = self._forward(network_input(image, views, size))
         return logits.float(), iou.float().sigmoid()
 
     def _views_of_points(self, image: Tensor, points_xy: Tensor) -> dict[int, View]:
@@ -199,16 +197,34 @@ def build(config: SegmenterConfig, runtime: Runtime) -> CompactSegmenter:
     Raises:
         WeightsError: The weights are missing, damaged or of another network.
     """
-    weights = load_weights(find_weights(config.weights or WEIGHTS_NAME, runtime.weights_dir))
-    network = network_from_metadata(weights.metadata)
-    load_into(network, weights, FAMILY)
-    return from_network(network, runtime, config.batch_size)
+    return from_network(load_network(config.weights, runtime.weights_dir), runtime, config.batch_size)
+
+
+def load_network(weights: str = "", weights_dir: Path | None = None) -> CompactNet:
+    """The network with its weights.
+
+    Args:
+        weights: File or name, empty for the bundled ones.
+        weights_dir: Folder of further weights.
+
+    Raises:
+        WeightsError: The weights are missing, damaged or of another network.
+    """
+    file = load_weights(find_weights(weights or WEIGHTS_NAME, weights_dir))
+    network = network_from_metadata(file.metadata)
+    load_into(network, file, FAMILY)
+    return network
 
 
 def from_network(network: CompactNet, runtime: Runtime, batch_size: int = 64) -> CompactSegmenter:
     """Makes the segmenter from a trained network, which is changed for fast inference."""
+    fold_all(network).to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return CompactSegmenter(network, runtime, batch_size)
+
+
+def fold_all(network: CompactNet) -> CompactNet:
+    """Folds the batch norms of the decoder too, in place: the network as it runs."""
     for module in network.children():
         if isinstance(module, torch.nn.Sequential):
             fold_batch_norm(module)
-    network.eval().requires_grad_(False).to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return CompactSegmenter(network, runtime, batch_size)
+    return network.eval().requires_grad_(False)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import mobilenet_v2
 
+from ros2_ood_seg.mobilenet import mobilenet_v2_features
 from ros2_ood_seg.weights.store import WeightFile, load_into
 
 CLASS_NAMES = ("drivable", "non-drivable", "living things", "vehicles", "road-side objects", "far objects", "sky")
@@ -49,7 +49,7 @@ class CompactNet(nn.Module):
 
     def __init__(self, width: int = 64, num_classes: int = len(CLASS_NAMES)) -> None:
         super().__init__()
-        features = cast(nn.Sequential, mobilenet_v2(weights=None).features)[: _TAPS[-1] + 1]
+        features = mobilenet_v2_features()[: _TAPS[-1] + 1]
         self.features = _fused(features)
         self.lateral = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in _TAP_CHANNELS)
         self.context = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
@@ -64,7 +64,7 @@ class CompactNet(nn.Module):
         Raises:
             WeightsError: The file is of another network.
         """
-        features = cast(nn.Sequential, mobilenet_v2(weights=None).features)
+        features = mobilenet_v2_features()
         prefix = "features."
         state = {key.removeprefix(prefix): value for key, value in weights.state.items() if not key.startswith("classifier.")}
         load_into(features, WeightFile(weights.path, state, weights.metadata), "torchvision mobilenet_v2 features")
@@ -77,6 +77,11 @@ class CompactNet(nn.Module):
             image: (B, 3, h, w) float RGB in [0, 255], h and w multiples of :data:`STRIDE`.
             trainable_from: Feature blocks below this index build no graph, which saves training time.
         """
+        refined = self.refined(image, trainable_from)
+        return CompactOutput(self.class_head(refined), self.outlier_head(refined)[:, 0])
+
+    def refined(self, image: Tensor, trainable_from: int = 0) -> Tensor:
+        """(B, width, h/4, w/4) features that the heads read; see :meth:`forward`."""
         x = (image - 127.5) / 127.5
         taps: list[Tensor] = []
         for index, block in enumerate(self.features):
@@ -89,8 +94,28 @@ class CompactNet(nn.Module):
         p4 = c4 + _resize_like(p5, c4)
         p3 = c3 + _resize_like(p4, c3)
         merged = self.merge(torch.cat([p3, _resize_like(p4, c3), _resize_like(p5, c3)], dim=1))
-        refined = self.refine(c2 + _resize_like(merged, c2))
-        return CompactOutput(self.class_head(refined), self.outlier_head(refined)[:, 0])
+        return cast("Tensor", self.refine(c2 + _resize_like(merged, c2)))
+
+
+class MergedHeads(nn.Module):
+    """The network for inference: both heads as one convolution, whose eight channels fill a vector register.
+
+    Args:
+        net: In evaluation mode; its other parts are shared, not copied.
+    """
+
+    def __init__(self, net: CompactNet) -> None:
+        super().__init__()
+        heads = (net.class_head, net.outlier_head)
+        self.num_classes = net.class_head.out_channels
+        self.head = nn.Conv2d(net.class_head.in_channels, sum(head.out_channels for head in heads), 1)
+        self.head.weight.data = torch.cat([head.weight.detach() for head in heads])
+        self.head.bias.data = torch.cat([cast("Tensor", head.bias).detach() for head in heads])
+        self.net = net
+
+    def forward(self, image: Tensor) -> tuple[Tensor]:
+        """(B, classes + 1, h/4, w/4) class logits, then the outlier logit; see :meth:`CompactNet.forward`."""
+        return (self.head(self.net.refined(image)),)
 
 
 def _resize_like(x: Tensor, like: Tensor) -> Tensor:

@@ -31,6 +31,6 @@ setup(
         "ros2_ood_seg.interfaces": ["*.msg"],
     },
     install_requires=requirements("runtime.txt"),
-    extras_require={"extra": requirements("extra.txt")},
+    extras_require={"extra": requirements("extra.txt"), "ray": ["ray>=2.9"]},
     entry_points={"console_scripts": ["ood-seg = ros2_ood_seg.cli:main"]},
 )

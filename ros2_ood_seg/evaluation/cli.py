@@ -17,10 +17,10 @@ from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component, evaluate_bag, pixel
 from ros2_ood_seg.evaluation.compare import comparison
 from ros2_ood_seg.evaluation.counts import counts_path
-from ros2_ood_seg.evaluation.datasets import LAYOUTS, open_dataset
-from ros2_ood_seg.evaluation.evaluate import Evaluation, Options, dataset_stamp, load_frames
+from ros2_ood_seg.evaluation.datasets import LAYOUTS, open_dataset, read_map
+from ros2_ood_seg.evaluation.evaluate import Evaluation, Options
+from ros2_ood_seg.evaluation.job import Job, run_on_ray
 from ros2_ood_seg.evaluation.report_page import report_html
-from ros2_ood_seg.pipeline import Pipeline
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,6 +40,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--fpr-rule", choices=pixel.FPR_RULES, default="ge", help="how fpr95 is read; all rules are in the report")
     parser.add_argument("--track", choices=("auto", *component.TRACKS), default="auto", help="minimum component sizes (SegmentMeIfYouCan)")
     parser.add_argument("--pixel-mode", choices=("auto", "exact", "coarse"), default="auto", help="pool every score, or coarsened ones")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="data sets: spread the images over N processes, with Ray")
+    parser.add_argument("--ray", metavar="ADDRESS", help="with --workers: running Ray cluster ('auto' finds it) instead of this machine")
     evaluate_bag.add_arguments(parser)
     parser.set_defaults(run=run_evaluate)
     parser = subparsers.add_parser("compare", help="compare evaluation reports")
@@ -58,6 +60,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
         raise InputError("name either --root, the folder of a data set, or --bag, one or several recordings")
     if args.max_images < 0:
         raise InputError(f"--max-images is {args.max_images}, it must be 1 or more, or 0 for all")
+    if args.workers < 0:
+        raise InputError(f"--workers is {args.workers}, it must be 1 or more, or 0 for this process")
+    if (args.workers and args.bag) or (args.ray and not args.workers):
+        raise InputError("--workers N goes with --root, the frames of a recording depend on one another; --ray goes with --workers")
     output = checked_output(args.output)
     # Images are not a sequence; tracks would carry over from one to the next.
     overrides = {"tracking.enabled": bool(args.bag)} | parse_overrides(args.set)
@@ -89,18 +95,15 @@ def _evaluate_dataset(args: argparse.Namespace, config: PipelineConfig, output: 
     if args.max_images:
         dataset = dataset.head(args.max_images)
     minimum = component.TRACKS[dataset.track if args.track == "auto" else args.track]
-    evaluation = Evaluation(
-        Pipeline.from_config(config),
-        output.with_suffix(".parts"),
-        Options(args.fpr_rule, minimum, args.save, args.pixel_mode),
-        {"dataset": dataset_stamp(dataset), "external": str(args.external or "")},
-        len(dataset) * dataset.load(dataset.sources[0]).label.size,
-    )
+    options = Options(args.fpr_rule, minimum, args.save, args.pixel_mode)
+    job = Job(dataset, config, output.with_suffix(".parts"), options, args.external)
+    evaluation = job.open()
     missing = [source for source in dataset.sources if not evaluation.has(source.name)]
     with tqdm(total=len(dataset), initial=len(dataset) - len(missing), desc=f"{config.profile} on {dataset.name}", unit="image") as bar:
-        for frame, load_ms in load_frames(dataset, missing, evaluation.overlap):
-            evaluation.add(frame, _external(args, frame.name), load_ms)
-            bar.update()
+        if args.workers:
+            run_on_ray(job, missing, args.workers, args.ray, bar.update)
+        else:
+            job.run(evaluation, missing, bar.update)
     evaluation.order(source.name for source in dataset.sources)
     return _write(evaluation, output, dataset.name, dataset.instance_rule)
 
@@ -151,21 +154,6 @@ def checked_output(path: Path) -> Path:
     except OSError as error:
         raise InputError(f"--output '{path}': the folder cannot be made: {error.strerror}") from error
     return path
-
-
-def read_map(path: Path) -> NDArray[np.float32]:
-    """A score map from a .npy file.
-
-    Raises:
-        InputError: Missing, unreadable, or not two-dimensional numbers.
-    """
-    try:
-        scores = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"score map '{path}' cannot be read: {error}") from error
-    if not isinstance(scores, np.ndarray) or scores.ndim != 2 or scores.dtype.kind not in "fiu":
-        raise InputError(f"score map '{path}' must be a two-dimensional array of numbers")
-    return scores.astype(np.float32)
 
 
 def summary(report: dict[str, Any]) -> str:

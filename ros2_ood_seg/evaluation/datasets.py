@@ -172,6 +172,21 @@ def read_cityscapes_ids(path: Path) -> NDArray[np.uint8]:
     return label
 
 
+def read_map(path: Path) -> NDArray[np.float32]:
+    """A score map from a .npy file.
+
+    Raises:
+        InputError: Missing, unreadable, or not two-dimensional numbers.
+    """
+    try:
+        scores = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"score map '{path}' cannot be read: {error}") from error
+    if not isinstance(scores, np.ndarray) or scores.ndim != 2 or scores.dtype.kind not in "fiu":
+        raise InputError(f"score map '{path}' must be a two-dimensional array of numbers")
+    return scores.astype(np.float32)
+
+
 def _wide(raw: NDArray[np.uint8], table: NDArray[np.uint8]) -> NDArray[np.uint8]:
     label: NDArray[np.uint8] = np.where(raw > 255, np.uint8(254), table[np.minimum(raw, 255).astype(np.uint8)])
     return label

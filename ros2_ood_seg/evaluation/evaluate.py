@@ -69,19 +69,26 @@ class Evaluation:
         options: How.
         fingerprint: What finished frames depend on beside the pipeline's settings, code and weights.
         expected_pixels: Of all frames together, to choose between exact and coarse; 0 when unknown.
+        join: Another process made the folder, and nothing of it is thrown away.
 
     Raises:
         InputError: A folder cannot be made or used.
     """
 
     def __init__(
-        self, pipeline: Pipeline, work: Path, options: Options, fingerprint: Mapping[str, Any] | None = None, expected_pixels: int = 0
+        self,
+        pipeline: Pipeline,
+        work: Path,
+        options: Options,
+        fingerprint: Mapping[str, Any] | None = None,
+        expected_pixels: int = 0,
+        join: bool = False,
     ) -> None:
         self.pipeline = pipeline
         self.options = options
         self.exact = options.pixel_mode == "exact" or (options.pixel_mode == "auto" and expected_pixels <= EXACT_PIXELS)
         stamp = {"exact": self.exact, "minimum": vars(options.minimum), "pipeline": pipeline_stamp(pipeline.config)}
-        self.store = PartStore(work, {**stamp, **(fingerprint or {})})
+        self.store = PartStore(work, {**stamp, **(fingerprint or {})}, join)
         self._names: dict[str, None] = {}
         self._warm = False
         # On a CPU the work beside the pipeline would slow it down and so spoil its times.
@@ -145,14 +152,18 @@ class Evaluation:
         """
         if frame.name in self._names:
             raise InputError(f"two frames are named '{frame.name}'; names must be unique")
-        self._wait()
+        self.wait()
         self._names[frame.name] = None
         self._measuring = self._worker.submit(self._measure, frame, result, load_ms)
         if not self.overlap:
-            self._wait()
+            self.wait()
 
-    def _wait(self) -> None:
-        """Waits for the frame in the worker and raises what it raised."""
+    def wait(self) -> None:
+        """Waits until the last frame is finished, and raises what stopped it.
+
+        Raises:
+            InputError: The frame cannot be used.
+        """
         if self._measuring is not None:
             measuring, self._measuring = self._measuring, None
             measuring.result()
@@ -185,7 +196,7 @@ class Evaluation:
         """
         if not self._names:
             raise InputError(f"data set '{dataset}' gave no frames to evaluate")
-        self._wait()
+        self.wait()
         options = self.options
         return build_report(
             self.store,

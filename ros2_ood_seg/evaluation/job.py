@@ -1,0 +1,143 @@
+"""The evaluation of a data set as one value, which other processes can take a part of."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from ros2_ood_seg.config import PipelineConfig
+from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.evaluation.datasets import DataSet, Source, read_map
+from ros2_ood_seg.evaluation.evaluate import Evaluation, Options, dataset_stamp, load_frames
+from ros2_ood_seg.pipeline import Pipeline
+from ros2_ood_seg.runtime import Runtime
+
+PART_FRAMES = 8
+"""Frames a worker is given at a time."""
+RESTARTS = 3
+"""So often may a worker die before the evaluation gives up; what is finished stays."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to evaluate, and how.
+
+    Args:
+        dataset: Labelled frames; each is evaluated on its own.
+        config: Of the pipeline.
+        work: Folder of finished frames.
+        options: Of the evaluation.
+        external: Folder of score maps ``<stem>.npy`` for the scorer ``external``, or None.
+    """
+
+    dataset: DataSet
+    config: PipelineConfig
+    work: Path
+    options: Options
+    external: Path | None = None
+
+    def open(self, join: bool = False) -> Evaluation:
+        """Loads the pipeline and finds what is finished.
+
+        Args:
+            join: Another process has opened the job: nothing of its folder is thrown away.
+
+        Raises:
+            InputError: Settings, weights or the folder cannot be used.
+        """
+        fingerprint = {"dataset": dataset_stamp(self.dataset), "external": str(self.external or "")}
+        pixels = len(self.dataset) * self.dataset.load(self.dataset.sources[0]).label.size
+        return Evaluation(Pipeline.from_config(self.config), self.work, self.options, fingerprint, pixels, join)
+
+    def run(self, evaluation: Evaluation, sources: Sequence[Source], done: Callable[[int], object]) -> None:
+        """Evaluates some frames in this process.
+
+        Args:
+            evaluation: Of :meth:`open`.
+            sources: Which.
+            done: Told the number of frames that were finished since it was last told.
+
+        Raises:
+            InputError: A frame that cannot be used; those before it are finished.
+        """
+        for frame, load_ms in load_frames(self.dataset, sources, evaluation.overlap):
+            scores = None if self.external is None else read_map(self.external / f"{frame.name}.npy")
+            evaluation.add(frame, scores, load_ms)
+            done(1)
+        evaluation.wait()
+
+
+class Worker:
+    """Evaluates parts of a job in a process of its own; finished frames lie in the job's folder.
+
+    Args:
+        job: Whose folder and files are visible to this process under the same paths.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._evaluation: Evaluation | None = None
+
+    def run(self, sources: Sequence[Source]) -> int:
+        """Evaluates what is not finished of a part, which is everything unless a worker died in the middle of it.
+
+        Returns:
+            The number of frames of the part.
+
+        Raises:
+            InputError: See :meth:`Job.run`.
+        """
+        if self._evaluation is None:
+            self._evaluation = self._job.open(join=True)
+        evaluation = self._evaluation
+        self._job.run(evaluation, [source for source in sources if not evaluation.has(source.name)], lambda count: None)
+        return len(sources)
+
+
+def run_on_ray(job: Job, sources: Sequence[Source], workers: int, address: str | None, done: Callable[[int], object]) -> None:
+    """Evaluates frames in several processes, on this machine or on the machines of a Ray cluster.
+
+    A worker that dies is started again and its part is given out again; frames that it had finished are not evaluated twice.
+
+    Args:
+        job: Opened by the caller, who makes the report.
+        sources: Which frames.
+        workers: Processes; on a GPU, each has one.
+        address: Of a running cluster; None starts Ray on this machine.
+        done: See :meth:`Job.run`.
+
+    Raises:
+        InputError: Ray is missing or not reachable, a frame cannot be used, or workers keep dying.
+    """
+    ray = _import_ray()
+    importlib.import_module("ray.util")
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(f"Ray at '{address or 'this machine'}' cannot be reached: {error}") from error
+    try:
+        actor = ray.remote(num_cpus=1, num_gpus=_gpus(job), max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
+        pool = ray.util.ActorPool([actor.remote(job) for _ in range(workers)])
+        parts = [sources[k : k + PART_FRAMES] for k in range(0, len(sources), PART_FRAMES)]
+        for count in pool.map_unordered(lambda worker, part: worker.run.remote(part), parts):
+            done(count)
+    except ray.exceptions.RayTaskError as error:
+        raise InputError(str(error.cause)) from error
+    except ray.exceptions.RayActorError as error:
+        raise InputError(f"a worker died {RESTARTS + 1} times; what is finished stays in '{job.work}': {error}") from error
+    finally:
+        ray.shutdown()
+
+
+def _gpus(job: Job) -> int:
+    return int(Runtime.from_config(job.config.runtime).device.type == "cuda")
+
+
+def _import_ray() -> ModuleType:
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise InputError("--workers needs Ray: pip install ros2_ood_seg[ray]") from error

@@ -303,7 +303,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="train or measure the promptable segmenter",
         description="Trains the compact segmenter on objects with masks; with --evaluate, measures any segmenter instead.",
     )
-    parser.add_argument("--objects", type=Path, help="folder that holds coco, coco_panoptic, davis or grabcut")
+    parser.add_argument("--objects", type=Path, help="data set of objects with masks, or folder of such (docs/training.md)")
     parser.add_argument("--roads", type=Path, nargs="*", default=[], help="folders of road frames to paste objects on")
     parser.add_argument("--frames-per-folder", type=int, default=150, help="road frames used of each folder (%(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run, or the report (*.json) of --evaluate")
@@ -327,7 +327,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.evaluate:
         return _run_evaluation(args, runtime)
     if args.objects is None:
-        raise InputError("training needs --objects, the folder that holds coco, coco_panoptic, davis or grabcut")
+        raise InputError("training needs --objects, a data set of objects with masks or a folder of such")
     recipe = SegmenterTraining(**{field.name: getattr(args, field.name) for field in fields(SegmenterTraining)})
     recipe = replace(recipe, crop_sizes=tuple(recipe.crop_sizes))
     init = load_weights(args.init) if args.init else None

@@ -5,9 +5,9 @@ Everything is read once and kept in memory; samples are a function of a random g
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,8 @@ from torch import Tensor
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.segmenters.compact import View, network_input
 from ros2_ood_seg.segmenters.windows import Box, box_window, clip_box, point_window
-from ros2_ood_seg.training.outlier_exposure import is_held_out, list_images, read_rgb
+from ros2_ood_seg.training.cutouts import Cutout, coco_parts, read_json, read_mask, read_mask_folder
+from ros2_ood_seg.training.road_images import is_held_out, list_images, read_rgb
 
 Kind = Literal["box", "point", "both"]
 Image = NDArray[np.uint8]
@@ -80,27 +81,35 @@ def tight_object(image: Image, mask: Image, source: str, group: str) -> Segmente
 
 
 def load_objects(root: Path, *, held_out: bool, min_area_px: int = MIN_AREA_PX) -> list[SegmentedObject]:
-    """Reads ``coco``, ``coco_panoptic``, ``davis`` and ``grabcut`` below ``root``, those that are there.
+    """Reads a data set, or all of those in the folders of ``root``; each is recognised by its layout.
+
+    Layouts: COCO instances, COCO panoptic, ``images`` and ``masks`` (see :mod:`~ros2_ood_seg.training.cutouts`).
 
     Args:
-        root: Folder of the data sets.
+        root: Data set, or folder of data sets.
         held_out: The validation part rather than the training part.
         min_area_px: Smaller objects are left out.
 
     Raises:
-        InputError: None of the data sets is there, or a file of them cannot be read.
+        InputError: No data set is there, one is laid out wrongly, or nothing of this part can be learnt from.
     """
-    readers = {"coco": _coco, "coco_panoptic": _coco_panoptic, "davis": _davis, "grabcut": _grabcut}
-    pictures = (picture for name, reader in readers.items() if (root / name).is_dir() for picture in reader(root / name))
+    readers = [(folder, reader) for folder in _folders(root) if (reader := _reader(folder)) is not None]
+    if not readers:
+        raise InputError(
+            f"no objects to learn from in '{root}': it must be or hold data sets with instances.json (COCO), panoptic.json (COCO), "
+            "or images/ and masks/"
+        )
     objects = []
-    for picture in pictures:
-        if is_held_out(f"{picture.source}/{picture.group}", _HELD_OUT) != held_out:
-            continue
-        image = read_rgb(picture.image)
-        found = (tight_object(image, mask, picture.source, picture.group) for mask in picture.masks(image.shape[:2]))
-        objects += [item for item in found if item is not None and np.count_nonzero(item.mask == 255) >= min_area_px]
+    for folder, reader in readers:
+        for picture in reader(folder):
+            if is_held_out(f"{folder.name}/{picture.group}", _HELD_OUT) != held_out:
+                continue
+            image = read_rgb(picture.image)
+            found = (tight_object(image, mask, folder.name, picture.group) for mask in picture.masks(image.shape[:2]))
+            objects += [item for item in found if item is not None and np.count_nonzero(item.mask == 255) >= min_area_px]
     if not objects:
-        raise InputError(f"no objects to learn from in '{root}': it must hold one or more of {', '.join(readers)}")
+        side = "held out: one of eight pictures is, chosen by name" if held_out else "left to learn from"
+        raise InputError(f"no objects of {min_area_px} px or more in '{root}' are {side}: give more")
     return objects
 
 
@@ -143,33 +152,43 @@ def _read_gray(path: Path) -> Image:
     return np.asarray(image, dtype=np.uint8)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"annotations '{path}' cannot be read: {error}") from error
-    return dict(loaded)
-
-
 @dataclass(frozen=True)
 class _Picture:
-    """An image file and how to read its objects' masks, given its height and width."""
+    """An image file, the image or sequence it is split by, and how to read its objects' masks, given its height and width."""
 
     image: Path
-    source: str
     group: str
     masks: Callable[[tuple[int, ...]], list[Image]]
 
 
+_Reader = Callable[[Path], Iterator[_Picture]]
+
+
+def _folders(root: Path) -> list[Path]:
+    below = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    return [root, *below]
+
+
+def _reader(folder: Path) -> _Reader | None:
+    """How to read the data set in a folder, None when there is none."""
+    if (folder / "instances.json").is_file() or any((folder / "annotations").glob("instances_*.json")):
+        return _coco
+    if (folder / "panoptic.json").is_file() or any((folder / "annotations").glob("panoptic_*.json")):
+        return _coco_panoptic
+    return _masked if (folder / "masks").is_dir() else None
+
+
 def _coco(root: Path) -> Iterator[_Picture]:
-    annotations = _read_json(root / "instances.json")
-    polygons: dict[int, list[Any]] = {}
-    for annotation in annotations["annotations"]:
-        if not annotation["iscrowd"]:
-            polygons.setdefault(annotation["image_id"], []).append(annotation["segmentation"])
-    for entry in annotations["images"]:
-        masks = partial(_draw_polygons, polygons.get(entry["id"], []))
-        yield _Picture(root / "images" / entry["file_name"], "coco", entry["file_name"], masks)
+    for path, folder in coco_parts(root, "instances"):
+        polygons: dict[int, list[Any]] = {}
+        with _layout(path, "COCO instances"):
+            annotations = read_json(path)
+            for annotation in annotations["annotations"]:
+                if not annotation["iscrowd"]:
+                    polygons.setdefault(annotation["image_id"], []).append(annotation["segmentation"])
+            pictures = [(entry["id"], entry["file_name"]) for entry in annotations["images"]]
+        for index, name in pictures:
+            yield _Picture(folder / name, name, partial(_draw_polygons, polygons.get(index, [])))
 
 
 def _draw_polygons(objects: list[Any], shape_hw: tuple[int, ...]) -> list[Image]:
@@ -178,12 +197,16 @@ def _draw_polygons(objects: list[Any], shape_hw: tuple[int, ...]) -> list[Image]
 
 
 def _coco_panoptic(root: Path) -> Iterator[_Picture]:
-    annotations = _read_json(root / "panoptic.json")
-    things = {category["id"] for category in annotations["categories"] if category["isthing"]}
-    for entry in annotations["annotations"]:
-        segments = [s["id"] for s in entry["segments_info"] if s["category_id"] in things and not s["iscrowd"]]
-        masks = partial(_pick_segments, root / "panoptic" / entry["file_name"], segments)
-        yield _Picture(root / "images" / Path(entry["file_name"]).with_suffix(".jpg"), "coco_panoptic", entry["file_name"], masks)
+    for path, folder in coco_parts(root, "panoptic"):
+        with _layout(path, "COCO panoptic"):
+            tree = read_json(path)
+            things = {category["id"] for category in tree["categories"] if category["isthing"]}
+            pictures = [
+                (entry["file_name"], [s["id"] for s in entry["segments_info"] if s["category_id"] in things and not s["iscrowd"]])
+                for entry in tree["annotations"]
+            ]
+        for name, segments in pictures:
+            yield _Picture((folder / name).with_suffix(".jpg"), name, partial(_pick_segments, path.with_suffix("") / name, segments))
 
 
 def _pick_segments(path: Path, segments: list[int], _shape_hw: tuple[int, ...]) -> list[Image]:
@@ -192,20 +215,24 @@ def _pick_segments(path: Path, segments: list[int], _shape_hw: tuple[int, ...]) 
     return [(ids == segment).astype(np.uint8) * np.uint8(255) for segment in segments]
 
 
-def _davis(root: Path) -> Iterator[_Picture]:
-    for path in sorted((root / "masks").glob("*/*.png")):
-        sequence = path.parent.name
-        yield _Picture(root / "images" / sequence / f"{path.stem}.jpg", "davis", sequence, partial(_read_masks, path))
+def _masked(root: Path) -> Iterator[_Picture]:
+    for cutout in read_mask_folder(root, keep=lambda name: not _VOC.search(name)):
+        yield _Picture(cutout.image, cutout.group.removeprefix(f"{root.name}/"), partial(_read_masks, cutout))
 
 
-def _grabcut(root: Path) -> Iterator[_Picture]:
-    for path in sorted((root / "masks").glob("*.png")):
-        if not _VOC.search(path.stem):
-            yield _Picture(root / "images" / f"{path.stem}.jpg", "grabcut", path.stem, partial(_read_masks, path))
+def _read_masks(cutout: Cutout, shape_hw: tuple[int, ...]) -> list[Image]:
+    mask = read_mask(Path(str(cutout.mask)))
+    if mask.shape != shape_hw:
+        raise InputError(f"mask '{cutout.mask}' is {mask.shape[1]}x{mask.shape[0]}, its image is {shape_hw[1]}x{shape_hw[0]}")
+    return [mask]
 
 
-def _read_masks(path: Path, _shape_hw: tuple[int, ...]) -> list[Image]:
-    return [_read_gray(path)]
+@contextmanager
+def _layout(path: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise InputError(f"'{path}' is not in the {name} layout: {error!r}") from error
 
 
 @dataclass(frozen=True)

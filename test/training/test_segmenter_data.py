@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.training.road_images import is_held_out
 from ros2_ood_seg.training.segmenter_data import (
     SampleMaker,
     SegmentedObject,
@@ -103,10 +104,31 @@ def test_nothing_to_learn_from(tmp_path: Path) -> None:
     (tmp_path / "coco/instances.json").write_text("{")
     with pytest.raises(InputError, match=r"instances.json' cannot be read"):
         load_objects(tmp_path, held_out=False)
+    (tmp_path / "coco/instances.json").write_text('{"annotations": []}')
+    with pytest.raises(InputError, match=r"instances.json' is not in the COCO instances layout: KeyError"):
+        load_objects(tmp_path, held_out=False)
+    write_mask_folder(tmp_path / "mine", ["only"])
+    with pytest.raises(InputError, match=r"300 px or more in '.*mine' are (held out|left to learn from)"):
+        load_objects(tmp_path / "mine", held_out=not is_held_out("mine/only", 0.125))
+    cv2.imwrite(str(tmp_path / "mine/masks/only.png"), np.full((7, 9), 255, np.uint8))
+    with pytest.raises(InputError, match="differs in size"):
+        load_objects(tmp_path / "mine", held_out=False)
+    (tmp_path / "mine/images/only.jpg").unlink()
+    write_mask_folder(tmp_path / "more", ["other"])
+    (tmp_path / "more/images/other.jpg").rename(tmp_path / "mine/images/other.jpg")
+    with pytest.raises(InputError, match=r"other.jpg' has no mask"):
+        load_objects(tmp_path / "mine", held_out=False)
     with pytest.raises(InputError, match="does not exist"):
         load_backgrounds([tmp_path / "roads"], 3, 0)
     with pytest.raises(InputError, match="must hold folders images and labels"):
         load_labelled(tmp_path)
+
+
+def test_a_folder_of_pictures_and_masks_is_enough(tmp_path: Path) -> None:
+    write_mask_folder(tmp_path / "mine", [f"thing{k}" for k in range(20)])
+    (tmp_path / "mine/images/thing0.jpg").rename(tmp_path / "mine/images/thing0.JPG")
+    items = [item for held_out in (False, True) for item in load_objects(tmp_path / "mine", held_out=held_out)]
+    assert {(item.source, item.group) for item in items} == {("mine", f"thing{k}") for k in range(20)}
 
 
 def test_labelled_anomalies_become_one_object_each(tmp_path: Path) -> None:

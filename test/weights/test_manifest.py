@@ -13,6 +13,7 @@ import pytest
 
 from ros2_ood_seg import cli
 from ros2_ood_seg.errors import WeightsError
+from ros2_ood_seg.scorers import SCORERS
 from ros2_ood_seg.weights.manifest import ManifestEntry, download, read_manifest, verify
 
 CONTENT = b"weights" * 1000
@@ -58,6 +59,21 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(CONTENT[:-1])
     with pytest.raises(WeightsError, match="truncated"):
         verify(entry("", bytes=len(CONTENT)), path)
+
+
+def test_the_beginning_of_a_checksum_is_enough_where_no_more_was_published(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    path.write_bytes(CONTENT)
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    verify(entry("", sha256=digest[:8]), path)
+    with pytest.raises(WeightsError, match="sha256"):
+        verify(entry("", sha256=("1" if digest[0] == "0" else "0") + digest[1:8]), path)
+
+
+def test_every_scorer_that_needs_weights_has_them_in_the_manifest() -> None:
+    # Trained by users: the small network, and the plain Ladder-DenseNet and GMMSeg of Cityscapes, which nobody published.
+    own = {"external", "compact", "mahalanobis", "torchvision_segmentation", "deeplab_mobilenet_v2", "ldn121", "gmmseg"}
+    assert set(SCORERS.names) - own <= set(read_manifest())
 
 
 def test_list_shows_what_is_present_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:

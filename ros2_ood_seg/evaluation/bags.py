@@ -140,11 +140,12 @@ class BagReader:
             counts[key] = counts.get(key, 0) + connection.msgcount
         return tuple(Topic(name, msgtype, count) for (name, msgtype), count in sorted(counts.items()))
 
-    def image_topic(self, topic: str | None = None) -> Topic:
+    def image_topic(self, topic: str | None = None, besides: Iterable[str] = ()) -> Topic:
         """The image topic that a name means.
 
         Args:
             topic: Its name; the leading slash and a trailing ``/compressed`` may be left out. None takes the only camera there is.
+            besides: Full names of topics that are no cameras, labels for example.
 
         Raises:
             InputError: No such topic, it holds no images, or there are several cameras and none was named; lists what there is.
@@ -159,7 +160,12 @@ class BagReader:
             reason = f"topic '{name}' holds {other[0].msgtype}, no images" if other else f"has no topic '{name}'"
             raise InputError(f"bag '{self.path}': {reason}; its topics: {self._listed(self.topics)}")
         # A camera recorded raw and compressed is one camera.
-        cameras = [t for t in images.values() if t.count and t.name.removesuffix("/compressed") not in images.keys() - {t.name}]
+        others = set(besides)
+        cameras = [
+            t
+            for t in images.values()
+            if t.count and t.name not in others and t.name.removesuffix("/compressed") not in images.keys() - {t.name}
+        ]
         if not cameras:
             raise InputError(f"bag '{self.path}' has no images; its topics: {self._listed(self.topics)}")
         if len(cameras) > 1:

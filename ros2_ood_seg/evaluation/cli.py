@@ -174,8 +174,9 @@ def summary(report: dict[str, Any]) -> str:
         ("instances", [("AP", report["instance"]["ap"]), ("AP50", report["instance"]["ap50"])]),
     ]
     lines = [f"{report['profile']} on {report['dataset']}, {report['images']} images"]
+    rows = [(name, values) for name, values in rows if any(value is not None for _, value in values)]
     lines += [f"  {name:<14}" + "   ".join(f"{key:>5} {show(value)}" for key, value in values) for name, values in rows]
     total = report["timings_ms"].get("total")
     if total:
         lines.append(f"  {'time':<14}  p50 {total['p50']:.0f} ms   p95 {total['p95']:.0f} ms an image")
-    return "\n".join(lines)
+    return "\n".join([*lines, *evaluate_bag.summary_lines(report)])

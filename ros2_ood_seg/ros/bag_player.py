@@ -7,51 +7,25 @@ node has answered the last one, so that it sees every frame.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import rclpy
-from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
 
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.evaluation.bag_messages import COMPRESSED_IMAGE
+from ros2_ood_seg.evaluation.bag_messages import COMPRESSED_IMAGE, NS_PER_S, header_stamp_ns
 from ros2_ood_seg.evaluation.bags import BagImage, BagReader
+from ros2_ood_seg.evaluation.replayed import PlayedFrame, PlayReport
 from ros2_ood_seg.msg import AnomalyInstanceArray
+from ros2_ood_seg.ros.entry import run_command
 from ros2_ood_seg.ros.transport import make_room_for_images
 
 _KINDS = {COMPRESSED_IMAGE: CompressedImage}
-_SECOND = 1_000_000_000
-
-
-@dataclass
-class PlayReport:
-    """What became of a recording.
-
-    Args:
-        frames: Images in the recording.
-        played: Images published.
-        answered: Images whose instances came back.
-        duration_s: From the first image to the last answer, or the end of playing.
-        latency_ms: From publishing an image to receiving its instances, through two processes, by order of answer.
-        complete: The recording was played to its end.
-    """
-
-    frames: int
-    played: int
-    answered: int
-    duration_s: float
-    latency_ms: list[float]
-    complete: bool
 
 
 class BagPlayer(Node):
@@ -67,10 +41,10 @@ class BagPlayer(Node):
         super().__init__("bag_player")
         reliable = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=10, reliability=ReliabilityPolicy.RELIABLE)
         self._images = self.create_publisher(kind, topic, reliable)
-        self._subscription = self.create_subscription(AnomalyInstanceArray, answers, self._on_answer, reliable)
-        self._sent: dict[int, float] = {}
-        self.latency_ms: dict[int, float] = {}
-        self.last_answer = 0.0
+        # Raw: the stamp is all that is wanted, and masks take time to deserialise.
+        self._subscription = self.create_subscription(AnomalyInstanceArray, answers, self._on_answer, reliable, raw=True)
+        self._sent: dict[int, tuple[int, float]] = {}
+        self._answered: dict[int, float] = {}
 
     @property
     def is_connected(self) -> bool:
@@ -78,10 +52,21 @@ class BagPlayer(Node):
         answers = self.count_publishers(self._subscription.topic_name) > 0
         return answers and self._images.get_subscription_count() > 0
 
-    def send(self, image: BagImage, data: bytes) -> None:
+    @property
+    def frames(self) -> tuple[PlayedFrame, ...]:
+        """The images that were sent, in order."""
+        return tuple(
+            PlayedFrame(stamp_ns, time_ns, sent_s, self._answered.get(stamp_ns)) for stamp_ns, (time_ns, sent_s) in self._sent.items()
+        )
+
+    def send(self, image: BagImage) -> None:
         """Publishes an image's recorded bytes."""
-        self._sent.setdefault(image.stamp_ns, time.perf_counter())
-        self._images.publish(data)
+        self._sent.setdefault(image.stamp_ns, (image.time_ns, time.perf_counter()))
+        self._images.publish(image.data)
+
+    def has_answer(self, stamp_ns: int) -> bool:
+        """Whether the instances of that image came back."""
+        return stamp_ns in self._answered
 
     def until(self, condition: Callable[[], bool], patience_s: float) -> bool:
         """Works until the condition holds; False when patience ran out first."""
@@ -93,14 +78,13 @@ class BagPlayer(Node):
             rclpy.spin_once(self, timeout_sec=min(left, 0.1))
         return True
 
-    def _on_answer(self, message: AnomalyInstanceArray) -> None:
-        stamp_ns = message.header.stamp.sec * _SECOND + message.header.stamp.nanosec
+    def _on_answer(self, data: bytes) -> None:
+        stamp_ns = header_stamp_ns(data)
         if stamp_ns in self._sent:
-            self.last_answer = time.perf_counter()
-            self.latency_ms.setdefault(stamp_ns, (self.last_answer - self._sent[stamp_ns]) * 1e3)
+            self._answered.setdefault(stamp_ns, time.perf_counter())
 
 
-def play(bag: BagReader, topic: str, player: BagPlayer, options: argparse.Namespace) -> PlayReport:
+def play(bag: BagReader, topic: str, player: BagPlayer, options: argparse.Namespace) -> bool:
     """Plays one topic of an open bag.
 
     Args:
@@ -109,32 +93,35 @@ def play(bag: BagReader, topic: str, player: BagPlayer, options: argparse.Namesp
         player: Publishes.
         options: ``rate``, ``lockstep``, ``patience``, ``max_seconds`` and ``max_frames`` of the command line.
 
+    Returns:
+        Whether it was played to its end.
+
     Raises:
-        InputError: The recording is damaged.
+        InputError: The recording is damaged; what came before was played.
     """
     start = time.perf_counter()
-    played, complete, first_ns, newest_ns = 0, True, 0, 0
-    for raw in bag.iter_raw([topic]):
+    played, first_ns, newest_ns = 0, 0, 0
+    complete = True
+    for image in bag.iter_images(topic):
         if played and (time.perf_counter() - start > options.max_seconds or played == options.max_frames):
             complete = False
             break
-        image = bag.image(raw)
-        first_ns = first_ns or raw.time_ns
-        if not options.lockstep:
-            due = start + (raw.time_ns - first_ns) / _SECOND / options.rate
+        if played and not options.lockstep:
+            due = start + (image.time_ns - first_ns) / NS_PER_S / options.rate
             player.until(lambda due=due: time.perf_counter() >= due, max(0.0, due - time.perf_counter()))
-        player.send(image, raw.data)
+        player.send(image)
+        if not played:
+            # Time runs from the first image, however long it took to open the recording.
+            start, first_ns = time.perf_counter(), image.time_ns
         played, newest_ns = played + 1, image.stamp_ns
-        if options.lockstep and not player.until(lambda s=newest_ns: s in player.latency_ms, options.patience):
+        if options.lockstep and not player.until(lambda s=newest_ns: player.has_answer(s), options.patience):
             # Best effort lost it, or the frame cannot be used; one more try tells.
-            player.send(image, raw.data)
-            player.until(lambda s=newest_ns: s in player.latency_ms, options.patience)
+            player.send(image)
+            player.until(lambda s=newest_ns: player.has_answer(s), options.patience)
     if not options.lockstep:
         # The newest image is still in work when a recording ends.
-        player.until(lambda: newest_ns in player.latency_ms, options.patience)
-    end = player.last_answer or time.perf_counter()
-    count = next(t.count for t in bag.topics if t.name == topic)
-    return PlayReport(count, played, len(player.latency_ms), end - start, list(player.latency_ms.values()), complete)
+        player.until(lambda: player.has_answer(newest_ns), options.patience)
+    return complete
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -174,35 +161,28 @@ def run(options: argparse.Namespace) -> None:
                 raise InputError(
                     f"no node listens to '{target}' and answers on '{options.answers}' after {options.wait_for_subscribers:g} s"
                 )
-            report: dict[str, Any] = asdict(play(bag, topic.name, player, options))
+            complete = False
+            try:
+                complete = play(bag, topic.name, player, options)
+            finally:
+                report = PlayReport(topic.count, complete, player.frames)
+                if options.report:
+                    report.save(options.report)
         finally:
             player.destroy_node()
-    if options.report:
-        options.report.write_text(json.dumps(report) + "\n", encoding="utf-8")
-    print(f"played {report['played']} of {report['frames']} images, {report['answered']} answered", flush=True)
+    print(f"played {len(report.frames)} of {report.recorded} images, {report.answered} answered", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the player.
-
-    Returns:
-        0 when done, 2 when the bag cannot be used or no node is there, 130 after an interrupt.
-    """
+    """Runs the player; see :func:`~ros2_ood_seg.ros.entry.run_command` for what it returns."""
     options = parse_arguments(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+
+    def work() -> None:
         make_room_for_images()
         rclpy.init(args=[])
         run(options)
-    except InputError as error:
-        print(f"bag_player: {error}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, ExternalShutdownException):
-        return 130
-    finally:
-        with contextlib.suppress(Exception):
-            rclpy.try_shutdown()
-    return 0
+
+    return run_command("bag_player", work)
 
 
 if __name__ == "__main__":

@@ -3,51 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import rclpy
-import torch
 from numpy.typing import NDArray
 
 from ros2_ood_seg.config import load_profile
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component
-from ros2_ood_seg.evaluation.bag_messages import COMPRESSED_IMAGE, instances_from_message
-from ros2_ood_seg.evaluation.bag_writer import DRIVE_IMAGE, DRIVE_INSTANCE, DRIVE_LABEL, BagWriter, write_drive
+from ros2_ood_seg.evaluation.bag_evaluation import BagEvaluation, BagRun, find_bags
+from ros2_ood_seg.evaluation.bag_writer import DRIVE_IMAGE, DRIVE_INSTANCE, DRIVE_LABEL, write_drive
 from ros2_ood_seg.evaluation.bags import BagReader
-from ros2_ood_seg.evaluation.datasets import labelled_image
-from ros2_ood_seg.evaluation.evaluate import Evaluation, Options
-from ros2_ood_seg.pipeline import Pipeline
-from ros2_ood_seg.ros.images import image_to_scores
-from ros2_ood_seg.ros.recorder import Recorder
-from ros2_ood_seg.ros.transport import make_room_for_images
+from ros2_ood_seg.evaluation.datasets import COMPONENT_RULE
+from ros2_ood_seg.evaluation.evaluate import Options
+from ros2_ood_seg.evaluation.replayed import Recording, anomaly_map, iter_answers
+from ros2_ood_seg.ros.entry import run_command
+from ros2_ood_seg.ros.replay import replay
 from ros2_ood_seg.synthetic import SyntheticDrive
-from ros2_ood_seg.types import FrameResult, Instances, Prompts
 from ros2_ood_seg.visualization import draw_overlay, heat_map, side_by_side
 
 SEED, HEIGHT, WIDTH, FRAMES, FPS = 7, 540, 960, 20, 3.0
-_NODE_OUTPUTS = ("instances", "boxes", "timing", "overlay/compressed")
+STALE_AFTER_S = 0.3
 _BEST = 4
 _SHEET_COLUMNS, _SHEET_ROWS = 4, 4
-_GRACE_S = 5.0
-
-
-class DemoError(Exception):
-    """The demo could not go on for a reason that lies in the machine or the node, not in the input."""
 
 
 @dataclass(frozen=True)
@@ -57,33 +39,12 @@ class Sample:
     Args:
         bag: Recording.
         topic: Full name of its image topic.
-        compressed: The topic holds compressed images.
         labels: Topics of anomaly labels and of instance labels, empty when there are none.
-        shape_hw: Size of the images, px.
     """
 
     bag: Path
     topic: str
-    compressed: bool
     labels: tuple[str, ...]
-    shape_hw: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Sighting:
-    """One answered frame.
-
-    Args:
-        stamp_ns: Of its image.
-        image: (H, W, 3) uint8 RGB.
-        instances: What the node found.
-        refined: (H, W) float32, the node's anomaly map, None when it was not recorded.
-    """
-
-    stamp_ns: int
-    image: NDArray[np.uint8]
-    instances: Instances
-    refined: NDArray[np.float32] | None
 
 
 def find_sample(args: argparse.Namespace) -> Sample:
@@ -106,122 +67,10 @@ def find_sample(args: argparse.Namespace) -> Sample:
         beside = [f"{home}/{name.rsplit('/', 1)[1]}" for name in (DRIVE_LABEL, DRIVE_INSTANCE)]
         asked = [args.label_topic, args.instance_topic]
         labels = [reader.image_topic(name).name for name in asked if name] or [name for name in beside if name in names]
-        first = next(reader.iter_images(camera.name), None)
-        if first is None:
-            raise InputError(f"bag '{bag}': topic '{camera.name}' holds no messages")
-        return Sample(bag, camera.name, camera.msgtype == COMPRESSED_IMAGE, tuple(labels), first.rgb().shape[:2])
+        return Sample(bag, camera.name, tuple(labels))
 
 
-def free_domain() -> int:
-    """A DDS domain (1 to 100) whose first port nobody uses on this machine.
-
-    Raises:
-        DemoError: There is none.
-    """
-    for offset in range(100):
-        domain = 1 + (os.getpid() + offset) % 100
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.bind(("", 7400 + 250 * domain + 10))
-            except OSError:
-                continue
-        return domain
-    raise DemoError("all DDS domains are in use")
-
-
-@contextlib.contextmanager
-def process(command: Sequence[str], log: Path, patience_s: float = 5.0) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs a command with its output in a file, and ends it in any case."""
-    with log.open("wb") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        yield child
-    finally:
-        for step in (signal.SIGINT, signal.SIGKILL):
-            if child.poll() is None:
-                child.send_signal(step)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(patience_s)
-
-
-def play(sample: Sample, args: argparse.Namespace, recorder: Recorder) -> dict[str, Any]:
-    """Lets the node answer the recording while the recorder listens.
-
-    Returns:
-        The player's report.
-
-    Raises:
-        DemoError: Node or player ended early; the message holds the end of its output.
-    """
-    played = args.output / "played.json"
-    node_log, player_log = args.output / "node.log", args.output / "player.log"
-    executable = shutil.which("ood_seg_node")
-    node = [executable] if executable else [sys.executable, "-m", "ros2_ood_seg.ros.node"]
-    height, width = sample.shape_hw
-    parameters = {
-        "profile": args.profile,
-        "image_transport": "compressed" if sample.compressed else "raw",
-        "warm_up.height": height,
-        "warm_up.width": width,
-        # On a busy machine best effort loses large images, and the demo shows what the node can do, not what the kernel drops.
-        f"qos_overrides./image{'/compressed' if sample.compressed else ''}.subscription.reliability": "reliable",
-        **{f"qos_overrides./ood_segmenter/{name}.publisher.reliability": "reliable" for name in ("overlay/compressed", "anomaly_map")},
-    }
-    if args.weights_dir:
-        parameters["weights_dir"] = args.weights_dir
-    node += ["--ros-args"] + [word for name, value in parameters.items() for word in ("-p", f"{name}:={value}")]
-    player = [sys.executable, "-m", "ros2_ood_seg.ros.bag_player", str(sample.bag), "--topic", sample.topic, "--report", str(played)]
-    player += ["--max-seconds", str(args.max_seconds), "--wait-for-subscribers", "120"]
-    player += ["--rate", str(args.rate)] if args.rate else ["--lockstep"]
-    with process(node, node_log) as node_process, process(player, player_log) as player_process:
-        while player_process.poll() is None:
-            rclpy.spin_once(recorder, timeout_sec=0.1)
-            if node_process.poll() is not None:
-                raise DemoError(f"the node ended with code {node_process.returncode}:\n{_tail(node_log)}")
-        if player_process.returncode:
-            raise DemoError(f"the bag player failed:\n{_tail(player_log)}\nthe node said:\n{_tail(node_log)}")
-        end = time.monotonic() + _GRACE_S
-        while time.monotonic() < end and len({len(found) for found in recorder.messages.values()}) > 1:
-            rclpy.spin_once(recorder, timeout_sec=0.1)
-    report: dict[str, Any] = json.loads(played.read_text(encoding="utf-8"))
-    played.unlink()
-    return report
-
-
-def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-
-
-def sightings(sample: Sample, recorder: Recorder) -> Iterator[Sighting]:
-    """The answered frames, in the order of the recording."""
-    with BagReader(sample.bag) as bag:
-        for image in bag.iter_images(sample.topic):
-            message = recorder.message("instances", image.stamp_ns)
-            if message is None:
-                continue
-            rgb = image.rgb()
-            refined = recorder.message("anomaly_map", image.stamp_ns) if "anomaly_map" in recorder.messages else None
-            yield Sighting(
-                image.stamp_ns,
-                rgb,
-                instances_from_message(message, rgb.shape[:2]),
-                None if refined is None else image_to_scores(refined),
-            )
-
-
-def write_results(path: Path, sample: Sample, recorder: Recorder) -> None:
-    """Writes source frames and the node's answers, byte for byte, as one MCAP file on a common time axis."""
-    path.unlink(missing_ok=True)
-    with BagWriter(path) as bag:
-        for frame in sightings(sample, recorder):
-            bag.write_jpeg(f"{sample.topic.removesuffix('/compressed')}/compressed", frame.image, frame.stamp_ns, "camera_optical")
-            for output in _NODE_OUTPUTS:
-                raw = recorder.messages[output].get(frame.stamp_ns)
-                if raw is not None:
-                    bag.write_raw(raw.topic, raw.msgtype, raw.time_ns, raw.data)
-
-
-def write_pictures(folder: Path, sample: Sample, recorder: Recorder) -> list[Path]:
+def write_pictures(folder: Path, run: BagRun, recording: Recording) -> list[Path]:
     """Writes the frames that show most, a sheet of the whole drive, and camera, map and instances side by side.
 
     Returns:
@@ -229,7 +78,9 @@ def write_pictures(folder: Path, sample: Sample, recorder: Recorder) -> list[Pat
     """
     for old in folder.glob("overlay_*.png"):
         old.unlink()
-    frames = [(f.stamp_ns, float((f.instances.scores * f.instances.area_px.float().sqrt()).sum())) for f in sightings(sample, recorder)]
+    with BagReader(run.path) as bag:
+        answers = ((a.image.stamp_ns, a.instances) for a in iter_answers(bag, run.topic, (), recording, None))
+        frames = [(stamp_ns, float((found.scores * found.area_px.float().sqrt()).sum())) for stamp_ns, found in answers]
     if not frames:
         return []
     every = max(1, len(frames) // (_SHEET_COLUMNS * _SHEET_ROWS))
@@ -241,20 +92,23 @@ def write_pictures(folder: Path, sample: Sample, recorder: Recorder) -> list[Pat
     tiles: list[NDArray[np.uint8]] = []
     titles: list[str] = []
     written: list[Path] = []
-    for number, frame in enumerate(sightings(sample, recorder)):
-        if frame.stamp_ns not in sheet and frame.stamp_ns not in best:
-            continue
-        overlay = draw_overlay(frame.image, frame.instances)
-        if frame.stamp_ns in sheet:
-            tiles.append(overlay)
-            titles.append(f"frame {number}: {len(frame.instances)} found")
-        if frame.stamp_ns in best:
-            written.append(_write_png(folder / f"overlay_{number:04d}.png", overlay))
-        if frame.stamp_ns == top and frame.refined is not None:
-            low, high = float(np.quantile(frame.refined, 0.5)), max(float(frame.refined.max()), 1e-6)
-            heat = heat_map(frame.refined, min(low, high - 1e-6), high)
-            panels = side_by_side([frame.image, heat, overlay], ["camera", "anomaly map", "instances"], panel_width=640)
-            written.append(_write_png(folder / "overlay_panels.png", panels))
+    with BagReader(run.path) as bag:
+        for number, answer in enumerate(iter_answers(bag, run.topic, (), recording, None)):
+            stamp_ns = answer.image.stamp_ns
+            if stamp_ns not in sheet and stamp_ns not in best:
+                continue
+            overlay = draw_overlay(answer.rgb, answer.instances)
+            if stamp_ns in sheet:
+                tiles.append(overlay)
+                titles.append(f"frame {number}: {len(answer.instances)} found")
+            if stamp_ns in best:
+                written.append(_write_png(folder / f"overlay_{number:04d}.png", overlay))
+            refined = anomaly_map(recording, stamp_ns) if stamp_ns == top else None
+            if refined is not None:
+                low, high = float(np.quantile(refined, 0.5)), max(float(refined.max()), 1e-6)
+                heat = heat_map(refined, min(low, high - 1e-6), high)
+                panels = side_by_side([answer.rgb, heat, overlay], ["camera", "anomaly map", "instances"], panel_width=640)
+                written.append(_write_png(folder / "overlay_panels.png", panels))
     written.append(_write_png(folder / "overlay_sheet.png", side_by_side(tiles, titles, columns=_SHEET_COLUMNS, panel_width=480)))
     return written
 
@@ -262,83 +116,6 @@ def write_pictures(folder: Path, sample: Sample, recorder: Recorder) -> list[Pat
 def _write_png(path: Path, rgb: NDArray[np.uint8]) -> Path:
     path.write_bytes(cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1].tobytes())
     return path
-
-
-def build_report(sample: Sample, recorder: Recorder, pipeline: Pipeline, folder: Path) -> dict[str, Any]:
-    """Measures the node's answers against the labels of the recording; without labels all measures are None.
-
-    The node publishes its final map; the scorer's own map is computed again here, from the same frames and weights.
-    """
-    timings = _stage_times(recorder)
-    name = sample.bag.stem
-    if not sample.labels:
-        report = {"dataset": name, "profile": pipeline.config.profile, "images": len(recorder.messages["instances"])}
-        empty = {
-            "pixel": ("ap", "fpr95"),
-            "refined": ("ap", "fpr95"),
-            "baseline": ("iou_best", "threshold", "auiou", "mean_f1"),
-            "s2m": ("iou", "iou_best", "auiou", "mean_f1"),
-            "s2m_code": ("iou", "iou_best", "auiou", "mean_f1"),
-            "component": ("siou", "ppv", "f1"),
-            "instance": ("ap", "ap50"),
-        }
-        return {**report, **{group: dict.fromkeys(keys) for group, keys in empty.items()}, "timings_ms": _percentiles(timings.values())}
-    options = Options(minimum=component.TRACKS["obstacle"])
-    height, width = sample.shape_hw
-    evaluation = Evaluation(pipeline, folder / "parts", options, {"started": time.time()}, len(timings) * height * width)
-    labels = _labels(sample)
-    for frame in sightings(sample, recorder):
-        if frame.stamp_ns not in labels or frame.refined is None:
-            continue
-        with torch.inference_mode():
-            pixels = torch.from_numpy(frame.image).to(pipeline.runtime.device)
-            score_map = pipeline.scorer(pixels, None)
-            prompts = Prompts.empty(pixels.device) if pipeline.box_prompts is None else pipeline.box_prompts(score_map, None)
-        found = FrameResult(
-            frame.instances, score_map, prompts, torch.from_numpy(frame.refined), timings.get(frame.stamp_ns, {}), pipeline.config.profile
-        )
-        evaluation.add_result(labelled_image(str(frame.stamp_ns), frame.image, *labels[frame.stamp_ns]), found)
-    report, _ = evaluation.report(name, f"topic {sample.labels[1]}" if len(sample.labels) > 1 else "components of the label")
-    evaluation.finish()
-    return report
-
-
-def _labels(sample: Sample) -> dict[int, tuple[NDArray[np.int32], ...]]:
-    with BagReader(sample.bag) as bag:
-        rows = bag.iter_labelled(sample.topic, *sample.labels)
-        return {image.stamp_ns: tuple(label.labels() for label in labels) for image, *labels in rows}
-
-
-def _stage_times(recorder: Recorder) -> dict[int, dict[str, float]]:
-    """Milliseconds per stage of each frame, as the node measured them."""
-    messages = {stamp: recorder.message("timing", stamp) for stamp in recorder.messages["timing"]}
-    return {stamp: dict(zip(m.stages, (float(ms) for ms in m.duration_ms), strict=True)) for stamp, m in messages.items()}
-
-
-def _percentiles(frames: Any) -> dict[str, dict[str, float]]:
-    stages: dict[str, list[float]] = {}
-    for frame in frames:
-        for stage, ms in frame.items():
-            stages.setdefault(stage, []).append(ms)
-    return {stage: {"p50": float(np.percentile(ms, 50)), "p95": float(np.percentile(ms, 95))} for stage, ms in stages.items()}
-
-
-def node_figures(played: dict[str, Any], recorder: Recorder, in_step: bool) -> dict[str, Any]:
-    """How fast the node was, and what became of the frames."""
-    timings = _stage_times(recorder)
-    last = recorder.message("timing", max(timings)) if timings else None
-    latency = _percentiles([{"latency": ms} for ms in played["latency_ms"]]).get("latency")
-    return {
-        "mode": "lockstep: the next frame is sent when the last one is answered" if in_step else "as recorded: the newest frame counts",
-        "frames_recorded": played["frames"],
-        "frames_played": played["played"],
-        "frames_answered": played["answered"],
-        "frames_replaced": None if last is None else int(last.replaced),
-        "frames_rejected": None if last is None else int(last.rejected),
-        "played_to_the_end": played["complete"],
-        "fps": played["answered"] / played["duration_s"] if played["duration_s"] > 0.0 else None,
-        "latency_ms": latency,
-    }
 
 
 def summary(report: dict[str, Any], instances: int, output: Path) -> str:
@@ -368,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         InputError: Bag, topic or profile cannot be used.
-        DemoError: Node or player failed.
+        ProcessError: Node or player failed.
     """
     config = load_profile(args.profile, {"runtime.weights_dir": args.weights_dir} if args.weights_dir else None)
     try:
@@ -376,23 +153,21 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise InputError(f"output folder '{args.output}' cannot be made: {error.strerror}") from error
     sample = find_sample(args)
-    # Built here first: a profile that cannot run is told at once, not from the node's log.
-    pipeline = Pipeline.from_config(config)
-    os.environ.update(ROS_DOMAIN_ID=str(free_domain()), ROS_AUTOMATIC_DISCOVERY_RANGE="LOCALHOST", RCUTILS_COLORIZED_OUTPUT="0")
-    make_room_for_images()
-    rclpy.init(args=[])
-    recorder = Recorder((*_NODE_OUTPUTS, "anomaly_map") if sample.labels else _NODE_OUTPUTS)
-    try:
-        print(f"playing {sample.topic} of {sample.bag} to the node, profile '{args.profile}'", flush=True)
-        played = play(sample, args, recorder)
-        instances = sum(len(recorder.message("instances", stamp).instances) for stamp in recorder.messages["instances"])
-        write_results(args.output / "results.mcap", sample, recorder)
-        write_pictures(args.output, sample, recorder)
-        report = build_report(sample, recorder, pipeline, args.output) | {"node": node_figures(played, recorder, not args.rate)}
-    finally:
-        recorder.destroy_node()
-    (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(summary(report, instances, args.output))
+    output = args.output / "report.json"
+    (drive,) = find_bags([sample.bag], output, sample.topic, sample.labels)
+    drive.results = args.output / "results.mcap"
+    # Built before the node: a profile that cannot run is told at once, not from the node's log.
+    evaluation = BagEvaluation(config, output, Options(minimum=component.TRACKS["obstacle"]))
+    print(f"playing {sample.topic} of {sample.bag} to the node, profile '{args.profile}'", flush=True)
+    folder = args.output / "replay"
+    with replay(
+        sample.bag, sample.topic, config, folder, rate=args.rate or None, maps=bool(sample.labels), max_seconds=args.max_seconds
+    ) as recording:
+        evaluation.add(drive, evaluation.replayed(drive, recording, STALE_AFTER_S))
+        write_pictures(args.output, drive, recording)
+    rule = f"topic {sample.labels[1]}" if len(sample.labels) > 1 else COMPONENT_RULE
+    report = evaluation.report([drive], sample.bag.stem, rule)
+    print(summary(report, drive.instances, args.output))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -418,28 +193,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the demo.
-
-    Returns:
-        0 on success, 1 when node or player failed, 2 when the input cannot be used, 130 after an interrupt.
-    """
+    """Runs the demo; see :func:`~ros2_ood_seg.ros.entry.run_command` for what it returns."""
     options = parse_arguments(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        run(options)
-    except InputError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
-    except DemoError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        with contextlib.suppress(Exception):
-            rclpy.try_shutdown()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command("demo", lambda: run(options))

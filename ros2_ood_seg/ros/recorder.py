@@ -1,51 +1,40 @@
-"""Collects what the node publishes, byte for byte, by the stamp of the image it answers."""
+"""Records what the node publishes, byte for byte, at the stamps of the images it answers."""
 
 from __future__ import annotations
 
-import struct
-from typing import Any
-
+import rclpy
 from rclpy.node import Node
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
-from rclpy.serialization import deserialize_message
 
-from ros2_ood_seg.evaluation.bags import RawMessage
+from ros2_ood_seg.evaluation.bag_messages import header_stamp_ns
+from ros2_ood_seg.evaluation.bag_writer import BagWriter
+from ros2_ood_seg.evaluation.results_bag import NODE
 from ros2_ood_seg.ros.outputs import IMAGE_TOPICS, SMALL_TOPICS
-
-_SECOND = 1_000_000_000
 
 
 class Recorder(Node):
-    """Subscribes to outputs of the node and keeps their messages.
-
-    Reliably, so the node's image outputs must be set to reliable by ``qos_overrides``.
+    """Subscribes reliably to outputs of the node and writes their messages, one per output and stamp; log times are the stamps.
 
     Args:
-        outputs: Names of the node's outputs, for example ``instances`` or ``overlay/compressed``.
-        segmenter: Fully qualified name of the node.
+        outputs: Names of the node's outputs, for example ``instances`` or ``anomaly_map``.
+        bag: Open.
+        context: rclpy's, None for the global one.
 
     Attributes:
-        messages: For each output, stamp in ns to message.
+        counts: For each output, how many messages came.
     """
 
-    def __init__(self, outputs: tuple[str, ...], segmenter: str = "/ood_segmenter") -> None:
-        super().__init__("result_recorder")
+    def __init__(self, outputs: tuple[str, ...], bag: BagWriter, context: rclpy.Context | None = None) -> None:
+        super().__init__("result_recorder", context=context)
         kinds = {**SMALL_TOPICS, **IMAGE_TOPICS}
-        self._kinds = {name: kinds[name] for name in outputs}
-        self.messages: dict[str, dict[int, RawMessage]] = {name: {} for name in outputs}
+        self._bag = bag
+        self.counts = dict.fromkeys(outputs, 0)
         profile = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=20, reliability=ReliabilityPolicy.RELIABLE)
-        for name, kind in self._kinds.items():
-            self.create_subscription(kind, f"{segmenter}/{name}", lambda data, n=name: self._keep(n, data), profile, raw=True)
+        for name in outputs:
+            # Raw: deserialising a whole image for its stamp would cost milliseconds.
+            self.create_subscription(kinds[name], f"{NODE}/{name}", lambda data, n=name: self._keep(n, kinds[n], data), profile, raw=True)
 
-    def message(self, output: str, stamp_ns: int) -> Any:
-        """The ROS message of an output, None when it did not arrive."""
-        raw = self.messages[output].get(stamp_ns)
-        return None if raw is None else deserialize_message(raw.data, self._kinds[output])
-
-    def _keep(self, output: str, data: bytes) -> None:
-        kind = self._kinds[output]
-        # All outputs begin with a header and that with its stamp; deserialising a whole image for it would cost milliseconds.
-        seconds, nanoseconds = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, 4)
-        stamp_ns = seconds * _SECOND + nanoseconds
+    def _keep(self, output: str, kind: type, data: bytes) -> None:
+        self.counts[output] += 1
         msgtype = f"{kind.__module__.split('.')[0]}/msg/{kind.__name__}"
-        self.messages[output][stamp_ns] = RawMessage(f"/ood_segmenter/{output}", msgtype, stamp_ns, bytes(data))
+        self._bag.write_raw(f"{NODE}/{output}", msgtype, header_stamp_ns(data), data)

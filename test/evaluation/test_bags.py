@@ -75,6 +75,7 @@ def test_topics_are_listed_with_their_types(sample):
             bag.image_topic("/front")
         with pytest.raises(InputError, match="several image topics, choose one: /cam/image"):
             bag.image_topic()
+        assert bag.image_topic(besides=("/cam/label", "/cam/instance")).name == "/cam/image"
 
 
 def test_compressed_images_and_the_base_name(tmp_path):

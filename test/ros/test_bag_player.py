@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from sensor_msgs.msg import CompressedImage, Image
 
 import ros2_ood_seg
 from ros2_ood_seg.evaluation.bag_writer import BagWriter
+from ros2_ood_seg.evaluation.replayed import PlayReport
 from ros2_ood_seg.ros.images import image_to_rgb
 
 pytestmark = pytest.mark.dds
@@ -110,10 +110,10 @@ def test_lockstep_sends_every_image_as_recorded(bag, dds, answer, tmp_path):
     for k, message in enumerate(answerer.images):
         assert message.header.frame_id == "cam"
         np.testing.assert_array_equal(image_to_rgb(message), picture(k))
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert (report["frames"], report["played"], report["answered"], report["complete"]) == (5, 5, 5, True)
-    assert len(report["latency_ms"]) == 5
-    assert min(report["latency_ms"]) > 0
+    report = PlayReport.load(tmp_path / "r.json")
+    assert (report.recorded, report.answered, report.complete) == (5, 5, True)
+    assert [frame.stamp_ns for frame in report.frames] == STAMPS
+    assert min(frame.latency_ms for frame in report.frames) > 0
 
 
 def test_lockstep_tries_an_unanswered_image_once_more(bag, dds, answer):

@@ -20,7 +20,8 @@ from harness import PATIENCE_S
 from ros2_ood_seg.evaluation.bag_messages import instances_from_message
 from ros2_ood_seg.evaluation.bag_writer import BagWriter
 from ros2_ood_seg.evaluation.bags import BagReader
-from ros2_ood_seg.ros.demo import main, process
+from ros2_ood_seg.ros.demo import main
+from ros2_ood_seg.ros.replay import process
 
 pytestmark = pytest.mark.dds
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,219 @@
+"""``ood-seg evaluate --bag`` on small recordings, with score maps from outside so that only the bag side is at work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from ros2_ood_seg.cli import main
+from ros2_ood_seg.evaluation.bag_messages import instances_from_message, make_header, typestore
+from ros2_ood_seg.evaluation.bag_writer import BagWriter
+from ros2_ood_seg.evaluation.bags import BagReader
+
+HEIGHT, WIDTH = 64, 96
+START_NS, STEP_NS, LAG_NS = 1_700_000_000_000_000_000, 500_000_000, 20_000_000
+SETTINGS = ("--set", "scorer.name=external", "--set", "runtime.device=cpu", "--set", "prompts.points.count=4")
+CLIPS = ("--clip-before", "1", "--clip-after", "1", "--clip-min-frames", "2", "--clip-min-score", "0.2")
+
+
+def stamp(k: int) -> int:
+    return START_NS + k * STEP_NS
+
+
+def scene(k: int, shown: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A grey road, with a red box that drives to the right when it is shown; its label and its score map."""
+    image = np.random.default_rng(k).normal(110, 5, (HEIGHT, WIDTH, 3)).clip(0, 255).astype(np.uint8)
+    label = np.zeros((HEIGHT, WIDTH), np.uint8)
+    if shown:
+        label[30:46, 20 + 2 * k : 40 + 2 * k] = 1
+        image[label == 1] = (230, 60, 40)
+    return image, label, np.where(label == 1, 0.9, 0.05).astype(np.float32)
+
+
+def write_frames(bag: BagWriter, maps: Path, shown: range, frames: range = range(8), raw: bool = True, every_label: int = 2) -> None:
+    maps.mkdir(exist_ok=True)
+    for k in frames:
+        image, label, scores = scene(k, k in shown)
+        if raw:
+            bag.write_image("/front/image", image, stamp(k), "front")
+        else:
+            bag.write_jpeg("/front/image/compressed", image, stamp(k), "front", time_ns=stamp(k) + LAG_NS)
+        if k % every_label == 0:
+            bag.write_image("/front/label", label, stamp(k))
+        np.save(maps / f"{stamp(k)}.npy", scores)
+
+
+def evaluate(tmp_path: Path, *arguments: Any, code: int = 0) -> dict[str, Any]:
+    output = tmp_path / "out" / "report.json"
+    command = ["evaluate", "--output", output, "--external", tmp_path / "maps", *SETTINGS, *arguments]
+    assert main([*map(str, command)]) == code
+    return json.loads(output.read_text()) if output.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def drives(tmp_path_factory) -> Path:
+    """A raw sqlite3 recording and a compressed MCAP one, other topics beside the camera, evaluated together."""
+    root = tmp_path_factory.mktemp("drives")
+    with BagWriter(root / "raw", "sqlite3") as bag:
+        write_frames(bag, root / "maps", range(3, 8))
+        info = typestore().types["std_msgs/msg/Header"]
+        bag.write("/front/camera_info", info(make_header(stamp(5), "front").stamp, "front"), stamp(5))
+        bag.write("/speed", info(make_header(stamp(5), "car").stamp, "car"), stamp(5))
+    with BagWriter(root / "small.mcap") as bag:
+        write_frames(bag, root / "maps", range(3, 8), raw=False)
+    evaluate(root, "--bag", root / "raw", root / "small.mcap", "--label-topic", "/front/label", "--clips", root / "clips", *CLIPS)
+    return root
+
+
+def test_every_frame_is_answered_and_those_with_labels_are_measured(drives):
+    report = json.loads((drives / "out/report.json").read_text())
+    assert (report["dataset"], report["images"]) == ("2 recordings", 8)
+    assert 0.9 < report["pixel"]["ap"] <= 1.0
+    names = [image["name"] for image in report["per_image"]]
+    assert names == [f"{name}_{stamp(k)}" for name in ("raw", "small") for k in (0, 2, 4, 6)]
+    bags = report["drive"]["bags"]
+    assert [(b["name"], b["recorded"], b["frames"], b["labelled"], b["rejected"], b["problem"]) for b in bags] == [
+        ("raw", 8, 8, 4, 0, None),
+        ("small", 8, 8, 4, 0, None),
+    ]
+    assert [b["topic"] for b in bags] == ["/front/image", "/front/image/compressed"]
+    page = (drives / "out/report.html").read_text()
+    for text in ("<h2>Drive</h2>", "<h2>Summary</h2>", "<h2>Events</h2>", "raw_0001.jpg", "small_0001.mcap"):
+        assert text in page
+
+
+def test_results_bags_hold_frames_overlays_and_messages_at_the_times_of_the_recording(drives):
+    for name, topic, lag_ns in (("raw", "/front/image/compressed", 0), ("small", "/front/image/compressed", LAG_NS)):
+        with BagReader(drives / "out" / f"report.{name}.mcap") as bag:
+            node = "/ood_segmenter"
+            wanted = {topic, f"{node}/instances", f"{node}/boxes", f"{node}/timing", f"{node}/overlay/compressed"}
+            assert {t.name: t.count for t in bag.topics} == dict.fromkeys(wanted, 8)
+            assert {raw.time_ns for raw in bag.iter_raw()} == {stamp(k) + lag_ns for k in range(8)}
+            assert [image.stamp_ns for image in bag.iter_images(f"{node}/overlay")] == [stamp(k) for k in range(8)]
+            found = [instances_from_message(bag.message(raw), (HEIGHT, WIDTH)) for raw in bag.iter_raw([f"{node}/instances"])]
+        assert [len(instances) > 0 for instances in found] == [k >= 3 for k in range(8)]
+        assert len({int(track) for instances in found for track in instances.track_ids[:1]}) == 1, "one object, one track"
+    with BagReader(drives / "small.mcap") as source, BagReader(drives / "out/report.small.mcap") as results:
+        copies = zip(source.iter_raw(["/front/image/compressed"]), results.iter_raw(["/front/image/compressed"]), strict=True)
+        assert all(a.data == b.data for a, b in copies), "compressed images are copied, not compressed again"
+
+
+def test_clips_hold_what_was_recorded_around_the_event(drives):
+    index = json.loads((drives / "clips/clips.json").read_text())
+    assert [(clip["drive"], clip["bag"]) for clip in index] == [("raw", "raw_0001.mcap"), ("small", "small_0001.mcap")]
+    for clip in index:
+        assert clip["start_s"] == pytest.approx(0.5, abs=LAG_NS / 1e9 + 1e-6)
+        assert clip["duration_s"] == pytest.approx(2.0)
+        assert max(track["best_score"] for track in clip["tracks"]) > 0.2
+        strip = cv2.imread(str(drives / "clips" / clip["picture"]))
+        assert strip.shape[1] > 4 * 480
+    with BagReader(drives / "clips/raw_0001.mcap") as clip, BagReader(drives / "raw") as source:
+        counts = {topic.name: topic.count for topic in clip.topics}
+        assert counts["/front/image"] == 5
+        assert counts["/front/label"] == 2
+        assert counts["/front/camera_info"] == 1
+        assert counts["/ood_segmenter/overlay/compressed"] == 5
+        assert "/speed" not in counts
+        originals = {raw.time_ns: raw.data for raw in source.iter_raw(["/front/image"])}
+        assert all(originals[raw.time_ns] == raw.data for raw in clip.iter_raw(["/front/image"]))
+
+
+def test_a_drive_without_labels_and_clips_of_all_topics(tmp_path, capsys):
+    text = "float64 value\nother_msgs/Unit unit\n" + "=" * 80 + "\nMSG: other_msgs/Unit\nstring name\n"
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(2, 8), every_label=100)
+        bag.write_raw("/gauge", "other_msgs/msg/Gauge", stamp(3), bytes(32), text)
+    (tmp_path / "clips").mkdir()
+    stale = tmp_path / "clips" / "drive_0009.jpg"
+    stale.write_bytes(b"old")
+    (tmp_path / "clips/clips.json").write_text(json.dumps([{"bag": "drive_0009.mcap", "picture": stale.name}]))
+    arguments = ("--bag", tmp_path / "drive", "--image-topic", "/front/image", "--clips", tmp_path / "clips", *CLIPS, "--clip-all-topics")
+    report = evaluate(tmp_path, *arguments, "--results", "messages")
+    assert report["images"] == 8
+    assert report["pixel"] == {"ap": None, "fpr95": None, "auroc": None}
+    assert report["timings_ms"]["total"]["p95"] > 0
+    assert "8 frames, 1 clips" in capsys.readouterr().out
+    assert not stale.exists(), "clips of the run before are gone"
+    with BagReader(tmp_path / "clips/drive_0001.mcap") as clip:
+        assert "string name" in clip.definitions["other_msgs/msg/Gauge"]
+        assert {"/gauge", "/front/label"} <= {topic.name for topic in clip.topics} | {"/front/label"}
+        assert [raw.data for raw in clip.iter_raw(["/gauge"])] == [bytes(32)]
+    with BagReader(tmp_path / "out/report.mcap") as results:
+        assert {t.name.rsplit("/", 1)[1] for t in results.topics} == {"instances", "boxes", "timing"}
+    assert "<h2>Summary</h2>" not in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_recording_that_breaks_off_leaves_report_results_and_clips(tmp_path, capsys):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(6), range(5))
+        bag.write_raw("/front/image", "sensor_msgs/msg/Image", stamp(5), b"\x00\x01\x00\x00" + bytes(3))
+        write_frames(bag, tmp_path / "maps", range(6), range(6, 8))
+    arguments = ("--bag", tmp_path / "drive", "--image-topic", "/front/image", "--label-topic", "/front/label")
+    report = evaluate(tmp_path, *arguments, "--clips", tmp_path / "clips", *CLIPS, code=2)
+    assert "cannot be read" in capsys.readouterr().err
+    assert (report["drive"]["bags"][0]["frames"], report["images"]) == (5, 3)
+    assert "cannot be read" in report["drive"]["bags"][0]["problem"]
+    with BagReader(tmp_path / "out/report.mcap") as results:
+        assert next(t.count for t in results.topics if t.name.endswith("/instances")) == 5
+    assert (tmp_path / "clips/drive_0001.jpg").is_file()
+
+
+def test_frames_that_cannot_be_used_are_counted_and_named(tmp_path, capsys):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(0), range(2))
+        image = typestore().types["sensor_msgs/msg/Image"]
+        bag.write("/front/image", image(make_header(stamp(2), ""), 4, 4, "depth9", 0, 4, np.zeros(16, np.uint8)), stamp(2))
+        np.save(tmp_path / "maps" / f"{stamp(2)}.npy", np.zeros((4, 4)))
+        write_frames(bag, tmp_path / "maps", range(0), range(3, 5))
+    report = evaluate(tmp_path, "--bag", tmp_path / "drive", "--image-topic", "/front/image")
+    drive = report["drive"]["bags"][0]
+    assert (drive["recorded"], drive["frames"], drive["rejected"]) == (5, 4, 1)
+    assert "depth9" in drive["problem"]
+    assert "1 frames could not be used" in capsys.readouterr().err
+
+
+def test_labels_that_match_no_image_are_an_error_after_the_report(tmp_path, capsys):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(0), range(2), every_label=100)
+        bag.write_image("/other", np.zeros((HEIGHT, WIDTH), np.uint8), stamp(9))
+    report = evaluate(tmp_path, "--bag", tmp_path / "drive", "--image-topic", "/front/image", "--label-topic", "/other", code=2)
+    assert "has the same stamp as a label of /other" in capsys.readouterr().err
+    assert report["images"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--image-topic", "/rear"), "has no topic '/rear'; its topics: /empty"),
+        (("--image-topic", "/empty"), "topic '/empty' holds"),
+        (("--label-topic", "/nothing", "--image-topic", "/front/image"), "has no topic '/nothing'"),
+        (("--image-topic", "/front/image", "--realtime", "0"), "--realtime is 0, it must be above 0"),
+        (("--image-topic", "/front/image", "--realtime", "--stale-after", "0"), "--stale-after is 0"),
+        (("--image-topic", "/front/image", "--realtime"), "the scorer 'external' would wait"),
+        (("--image-topic", "/front/image", "--clips", "{clips}", "--set", "tracking.enabled=false"), "need tracking.enabled=true"),
+        (("--image-topic", "/front/image", "--clip-min-score", "2"), "--clip-min-score is 2"),
+        (("--image-topic", "/front/image", "--bag", "{drive}", "{clips}"), "does not exist"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named_before_anything_runs(tmp_path, capsys, arguments, message):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(0), range(1))
+        bag.write("/empty", make_header(1, ""), stamp(0))
+    filled = [a.format(clips=tmp_path / "clips", drive=tmp_path / "drive") for a in arguments]
+    assert evaluate(tmp_path, "--bag", tmp_path / "drive", *filled, code=2) == {}
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("ood-seg: ")
+    assert message in error
+
+
+def test_the_results_bag_does_not_replace_the_recording(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with BagWriter(tmp_path / "out/report.mcap") as bag:
+        write_frames(bag, tmp_path / "maps", range(0), range(1))
+    evaluate(tmp_path, "--bag", tmp_path / "out/report.mcap", "--image-topic", "/front/image", code=2)
+    assert "would replace the recording" in capsys.readouterr().err

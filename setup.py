@@ -31,6 +31,6 @@ setup(
         "ros2_ood_seg.interfaces": ["*.msg"],
     },
     install_requires=requirements("runtime.txt"),
-    extras_require={"extra": requirements("extra.txt"), "ray": ["ray>=2.9"]},
+    extras_require={"extra": requirements("extra.txt"), "ray": ["ray>=2.9"], "export": ["onnxscript>=0.5", "onnxruntime>=1.18"]},
     entry_points={"console_scripts": ["ood-seg = ros2_ood_seg.cli:main"]},
 )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ros2_ood_seg import scorers_bench
+from ros2_ood_seg import engines_bench, points_bench, scorers_bench
 from ros2_ood_seg.config import load_profile, parse_overrides
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.pipeline import Pipeline
@@ -23,7 +23,7 @@ from ros2_ood_seg.synthetic.drive import SyntheticDrive
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``ood-seg bench {pipeline,scorers,node}``."""
+    """Adds ``ood-seg bench {pipeline,scorers,engines,node}``."""
     parser = subparsers.add_parser("bench", help="measure speed")
     kinds = parser.add_subparsers(dest="bench", required=True)
     pipeline = kinds.add_parser("pipeline", help="milliseconds and memory per stage on one frame, over and over")
@@ -36,6 +36,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     pipeline.add_argument("--output", type=Path, default=None, help="write the figures as JSON")
     pipeline.set_defaults(run=_bench_pipeline)
     scorers_bench.register(kinds)
+    points_bench.register(kinds)
+    engines_bench.register(kinds)
     # The node's bench belongs to ros/; without rclpy and the messages the command still exists and says so.
     if find_spec("rclpy") is not None and find_spec("ros2_ood_seg.msg") is not None:
         importlib.import_module("ros2_ood_seg.ros.bench").register(kinds)

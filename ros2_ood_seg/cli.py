@@ -19,7 +19,9 @@ COMMANDS = {
     "train": ("ros2_ood_seg.training.cli", "train scorer, prompt generator or segmenter"),
     "ablate": ("ros2_ood_seg.training.ablate", "measure what each stage of a method contributes"),
     "calibrate": ("ros2_ood_seg.training.cli", "calibrate a scorer on in-distribution frames"),
+    "false-alarms": ("ros2_ood_seg.training.false_alarms", "measure a profile on frames without anomalies"),
     "weights": ("ros2_ood_seg.weights.manifest", "list, download or verify weights files"),
+    "export": ("ros2_ood_seg.export", "write a network as ONNX"),
     "bench": ("ros2_ood_seg.bench", "measure speed"),
     "settings": ("ros2_ood_seg.settings_command", "show profiles and every setting with its range"),
 }

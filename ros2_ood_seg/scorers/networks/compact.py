@@ -110,7 +110,7 @@ class MergedHeads(nn.Module):
         self.num_classes = net.class_head.out_channels
         self.head = nn.Conv2d(net.class_head.in_channels, sum(head.out_channels for head in heads), 1)
         self.head.weight.data = torch.cat([head.weight.detach() for head in heads])
-        self.head.bias.data = torch.cat([cast("Tensor", head.bias).detach() for head in heads])
+        cast("Tensor", self.head.bias).data = torch.cat([cast("Tensor", head.bias).detach() for head in heads])
         self.net = net
 
     def forward(self, image: Tensor) -> tuple[Tensor]:

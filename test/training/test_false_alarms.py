@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import cast
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import jaccard_score
+
+from ros2_ood_seg.cli import main
+from ros2_ood_seg.pipeline import Pipeline
+from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES
+from ros2_ood_seg.training.false_alarms import ClassAccuracy, Frames, Worst, measure
+from ros2_ood_seg.training.road_images import IGNORE, read_camvid
+from ros2_ood_seg.types import Calibration, FrameResult, Instances, Prompts, ScoreMap
+
+
+def test_class_iou_is_that_of_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    accuracy = ClassAccuracy()
+    pictures = [(rng.integers(0, 5, (20, 30), dtype=np.uint8), rng.integers(0, 5, (20, 30), dtype=np.uint8)) for _ in range(3)]
+    for predicted, truth in pictures:
+        truth[:4] = IGNORE
+        accuracy.add(predicted, truth)
+    predicted, truth = (np.concatenate([pair[k].ravel() for pair in pictures]) for k in (0, 1))
+    known = truth != IGNORE
+    expected = jaccard_score(truth[known], predicted[known], average=None, labels=range(5))
+    assert list(accuracy.iou().values()) == pytest.approx(expected)
+    assert list(accuracy.iou()) == list(CLASS_NAMES[:5])
+
+
+class Alarmed:
+    """Finds two things in every frame; knows the road below and says sky above."""
+
+    def run(self, image: np.ndarray) -> FrameResult:
+        height, width = image.shape[:2]
+        masks = torch.zeros((2, height, width), dtype=torch.bool)
+        masks[0, :10, :10] = True
+        masks[1, 50:60, 50:60] = True
+        instances = Instances.from_masks(masks, torch.tensor([0.9, 0.4]), torch.zeros(2), torch.ones(2))
+        scores = torch.zeros((height, width))
+        scores[: height // 2] = 0.7
+        classes = torch.zeros((height, width), dtype=torch.uint8)
+        classes[:40] = 6
+        score_map = ScoreMap(scores, "alarmed", Calibration.linear(), classes, tuple(CLASS_NAMES))
+        return FrameResult(instances, score_map, Prompts.empty(), scores, {"total": 5.0})
+
+
+def test_what_is_counted(data_dir: Path) -> None:
+    frames = Frames("camvid", read_camvid(data_dir / "camvid", "val"))
+    worst = Worst(2)
+    row = measure(cast("Pipeline", Alarmed()), frames, worst)
+    assert row["frames"] == 3
+    assert row["instances_per_20_frames"] == {"above 0.25": 40.0, "above 0.5": 20.0, "above 0.75": 20.0}
+    assert row["frames_with_instance_above_0.5"] == 1.0
+    assert row["pixels_above_0.5"] == 0.5
+    assert row["miou"] == 1.0
+    assert worst.picture() is not None
+
+
+def test_command_measures_and_draws(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out" / "report.json"
+    arguments = ["false-alarms", "--roads", data_dir / "roads", "--held-out", "--max-images", 2, "--output", output]
+    arguments += ["--profile", "compact_s2m", "--set", "scorer.input_width=96", "--set", "scorer.second_scale=1.0"]
+    assert main([str(word) for word in arguments]) == 0
+    row = json.loads(output.read_text())["sets"]["roads"]
+    assert row["frames"] == 2
+    assert row["miou"] is None
+    assert cv2.imread(str(output.with_suffix(".png"))) is not None
+    assert "roads" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "at least one of --camvid"),
+        (["--roads", "nowhere"], "nowhere"),
+        (["--camvid", "DATA/camvid"], "test"),
+        (["--roads", "DATA/roads", "--max-images", "-1"], "--max-images is -1"),
+        (["--roads", "DATA/roads", "--set", "scorer.nonsense=1"], "nonsense"),
+    ],
+)
+def test_command_refuses(words: list[str], message: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word.replace("DATA", str(data_dir)) for word in words]
+    assert main(["false-alarms", *words, "--output", str(tmp_path / "report.json")]) == 2
+    assert message in capsys.readouterr().err

@@ -78,8 +78,9 @@ class PartStore:
             refined: Sorted scores of the refined map.
             maps: Refined map and labels for a second look, or None to keep none.
         """
-        for kind, array in zip(MAPS, maps or (), strict=False):
-            self._put(name, kind, array)
+        if maps is not None:
+            self._put(name, MAPS[0], maps[0])
+            self._put(name, MAPS[1], maps[1])
         for key, counts in zip(COUNTS, (*score, *refined), strict=True):
             self._put(name, key, counts.values)
             if counts.counts is not None:

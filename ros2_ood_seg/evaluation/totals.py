@@ -123,7 +123,7 @@ class Totals:
         mask_iou, box_iou = self._column("mask_iou"), self._column("box_iou")
         rows = []
         for low, high in pairwise(edges):
-            chosen = (key >= low) & (key < (np.inf if high is None else high))
+            chosen = (key >= (low or 0.0)) & (key < (np.inf if high is None else high))
             count = int(chosen.sum())
             boxes = box_iou[chosen]
             rows.append(

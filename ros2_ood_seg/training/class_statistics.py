@@ -54,7 +54,7 @@ class ClassMoments:
             self._origin = values.double().mean(dim=1, keepdim=True)
             self._sum = self._origin.new_zeros((labels, features))
             self._outer = self._origin.new_zeros((labels, features, features))
-        for part, label_of in zip(values.split(_CHUNK, dim=1), classes.split(_CHUNK), strict=True):
+        for part, label_of in zip(torch.split(values, _CHUNK, dim=1), torch.split(classes, _CHUNK), strict=True):
             centred = part.double() - self._origin
             for label in torch.bincount(label_of).nonzero()[:, 0].tolist():
                 own = centred[:, label_of == label]

@@ -134,7 +134,7 @@ def _rpl(output: DeepLabOutput, batch: ExposureBatch) -> losses.Terms:
     residual, untouched = (_at_labels(x[:count], batch.target) for x in (output.residual_logits, output.logits))
     terms = losses.rpl_loss(residual, untouched, batch.target)
     exposed = (batch.target == losses.OUTLIER).any(dim=(1, 2))
-    road, picture = output.projection.float().split([count, len(batch.picture)])
+    road, picture = torch.split(output.projection.float(), [count, len(batch.picture)])
     contrast = losses.contrastive_loss(road[exposed], batch.target[exposed], picture[exposed], batch.picture_target[exposed])
     return {**terms, "total": terms["total"] + contrast, "contrast": contrast}
 

@@ -82,7 +82,8 @@ def test_a_method_starts_from_the_segmentation_it_is_given(name: str, kind: str,
     image = 255 * torch.rand(1, 3, 40, 56, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         output = network(image)
-        assert torch.equal(output.logits[:, :7], base(image).logits)
+        # One more output takes another way through the convolution: equal up to rounding.
+        torch.testing.assert_close(output.logits[:, :7], base(image).logits)
         assert output.logits.shape[1] == (8 if name == "pebal" else 7)
     if name == "rpl":
         assert network.residual_block is not None

@@ -65,7 +65,7 @@ REFUSED: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("--cityscapes", "gtFine/train/ulm/ulm_0_gtFine_labelIds.png", Path.unlink, "has no label"),
     ("--cityscapes", "gtFine/train/ulm/ulm_0_gtFine_labelIds.png", label_with(60), r"holds values [60] outside its layout"),
     ("--roads", ".", lambda path: [file.unlink() for file in path.iterdir()], "holds no pictures"),
-    ("--coco", "instances.json", Path.unlink, "instances.json' cannot be read"),
+    ("--coco", "instances.json", Path.unlink, "is not in the COCO layout: expected instances.json"),
     ("--coco", "instances.json", without_images, "not in the COCO instances layout"),
     ("--coco", "images/3.png", Path.unlink, "3.png', which does not exist"),
     ("--coco-panoptic", "panoptic.json", without_images, "not in the COCO panoptic layout"),

@@ -83,21 +83,21 @@ class PasteSettings:
     """
 
     crop_hw: tuple[int, int] = (288, 480)
-    frame_width_px: tuple[float, float] = (480.0, 1500.0)
+    frame_width_px: tuple[float, float] = (480.0, 1600.0)
     objects_per_image: tuple[int, int] = (1, 4)
     known_per_image: tuple[int, int] = (0, 2)
-    object_px: tuple[float, float] = (12.0, 420.0)
+    object_px: tuple[float, float] = (10.0, 450.0)
     object_scales: tuple[float, ...] = ()
     procedural: float = 0.12
     known_classes: tuple[int, ...] = (2, 4)
-    perspective: float = 0.5
-    on_road: float = 0.65
-    harmonise: float = 0.4
-    blur: float = 0.0
+    perspective: float = 0.4
+    on_road: float = 0.55
+    harmonise: float = 0.5
+    blur: float = 0.25
     feather: float = 0.8
     shadow: float = 0.3
-    native: float = 0.35
-    illumination: float = 0.7
+    native: float = 0.4
+    illumination: float = 0.6
     mirror: float = 0.5
     augment: bool = True
 
@@ -114,6 +114,7 @@ class PasteSettings:
             perspective=0.0,
             on_road=0.0,
             harmonise=0.0,
+            blur=0.0,
             feather=0.0,
             shadow=0.0,
             native=0.0,

@@ -59,7 +59,7 @@ _DEFAULTS = {"paste": asdict(PasteSettings())}
 MAP_PRESETS = {
     "s2m": MapRecipe(2966, 700, 0.0, 0.0, PasteSettings.published()),
     "compact": MapRecipe(
-        1400, 480, 0.25, 0.6, PasteSettings(crop_hw=(448, 768), frame_width_px=(800.0, 1800.0), object_px=(10.0, 420.0), native=0.3)
+        1600, 640, 0.25, 0.6, PasteSettings(crop_hw=(448, 768), frame_width_px=(800.0, 1800.0), object_px=(8.0, 520.0), native=0.3)
     ),
 }
 

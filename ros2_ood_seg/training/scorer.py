@@ -121,13 +121,13 @@ class ScorerTraining:
         paste: How samples are made.
     """
 
-    iterations: int = 3000
+    iterations: int = 6000
     batch_size: int = 6
     learning_rate: float = 1e-3
     feature_rate: float = 0.1
     warm_up: int = 100
     frozen_blocks: int = 4
-    ema: float = 0.998
+    ema: float = 0.999
     semantic_weight: float = 0.3
     uniform_weight: float = 0.05
     bfloat16: bool = False

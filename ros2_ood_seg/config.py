@@ -46,7 +46,13 @@ class ScorerConfig(_Settings):
         2.0,
         gt=0.0,
         le=4.0,
-        description="compact: the network also looks at this multiple of input_width, and the logits are averaged; 1 for one look",
+        description="compact: the network also looks at this multiple of input_width, and the logits are averaged; 1 for no such look",
+    )
+    coarse_scale: float = Field(
+        0.5,
+        gt=0.0,
+        le=1.0,
+        description="compact: the same at this smaller multiple, for what is near and large; 1 for no such look",
     )
     statistics: str = Field(
         "", description="mahalanobis, sml: file of in-distribution statistics; empty looks for <weights>.statistics.* beside the weights"

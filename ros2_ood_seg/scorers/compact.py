@@ -47,14 +47,14 @@ def from_weights(weights: WeightFile, config: ScorerConfig, runtime: Runtime, ca
 
 
 class CompactScorer:
-    """Runs the network at ``config.input_width`` and at ``config.second_scale`` times it, and gives scores in the image's pixels.
+    """Runs the network at ``config.input_width`` and at two multiples of it, and gives scores in the image's pixels.
 
     Args:
         net: The network, with weights.
         score: One of :data:`SCORES`.
         weights: Where the weights came from; further calibrations lie beside it.
         calibration: Of that score.
-        config: Input width, second scale, temperature and smoothing.
+        config: Input width, further scales, temperature and smoothing.
         runtime: Device and precision.
     """
 
@@ -100,7 +100,7 @@ class CompactScorer:
             Outputs with a batch of one that cover exactly the image, a quarter as wide as the network's widest input.
         """
         config = self._config
-        scales = (1.0,) if config.second_scale == 1.0 else (1.0, config.second_scale)
+        scales = (1.0, *(scale for scale in (config.coarse_scale, config.second_scale) if scale != 1.0))
         pixels = image.permute(2, 0, 1)[None].float()
         looks = [self._logits_at(pixels, round(config.input_width * scale)) for scale in scales]
         size = max((int(look.shape[2]), int(look.shape[3])) for look in looks)

@@ -92,6 +92,32 @@ def test_images_without_components(fill: int) -> None:
     assert (scores.siou, scores.ppv, scores.f1) == (None, None, None)
 
 
+def test_an_empty_prediction_misses_everything_and_one_over_ignored_area_only_is_none() -> None:
+    label = np.zeros((20, 20), np.uint8)
+    label[5:9, 5:9] = 1
+    scores = summarise([match(np.zeros(label.shape, bool), label, Minimum(0, 0))])
+    assert (scores.siou, scores.ppv, scores.f1) == (0.0, None, 0.0)
+    nothing = match(np.ones(label.shape, bool), np.full(label.shape, 255, np.uint8), Minimum(0, 0))
+    assert nothing.siou.size == nothing.ppv.size == 0
+
+
+def test_a_constant_map_is_one_component_over_everything() -> None:
+    label = np.zeros((10, 20), np.uint8)
+    label[:, :5] = 1
+    scores = summarise([match(np.ones(label.shape, bool), label, Minimum(0, 0))])
+    assert (scores.siou, scores.ppv) == (0.25, 0.25)
+    # Only the lowest of the eleven thresholds is reached.
+    assert scores.f1 == pytest.approx(1 / 11)
+
+
+def test_one_pixel_objects_count_where_the_track_allows_them() -> None:
+    label = np.zeros((6, 6), np.uint8)
+    label[2, 2] = 1
+    counted = match(label == 1, label, Minimum(1, 1))
+    np.testing.assert_array_equal([counted.siou, counted.ppv], [[1.0], [1.0]])
+    assert summarise([match(label == 1, label, TRACKS["obstacle"])]).f1 is None
+
+
 def test_f1_star_averages_over_thresholds() -> None:
     image = ComponentMatch(siou=np.array([0.5, 0.1]), ppv=np.array([0.5, 0.9, 0.0]))
     expected = []

@@ -136,10 +136,18 @@ def test_real_folders_hold_what_their_readme_says(shared_dir: Path) -> None:
         assert set(np.unique(dataset.load(dataset.sources[0]).label)) <= {0, 1, 255}
 
 
-@pytest.mark.parametrize("name", ["road_anomaly_21", "fishyscapes_laf", "oodis"])
+@pytest.mark.parametrize("name", ["road_anomaly_21", "road_obstacle_21", "fishyscapes_static", "fishyscapes_laf", "oodis"])
 def test_hidden_labels_are_refused_by_name(tmp_path: Path, name: str) -> None:
     put(tmp_path / "images" / "validation0000.png", image())
     with pytest.raises(InputError, match="hidden"):
+        open_dataset(name, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "message"), [("lost_and_found", "has no label file"), ("street_hazards", "holds no label files")])
+def test_other_layouts_without_labels_are_refused(tmp_path: Path, name: str, message: str) -> None:
+    put(tmp_path / "leftImg8bit" / "test" / "s" / "s_000000_000010_leftImg8bit.png", image())
+    put(tmp_path / "images" / "test" / "t5" / "300.png", image())
+    with pytest.raises(InputError, match=message):
         open_dataset(name, tmp_path)
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pycocotools import mask as coco
 
 from ros2_ood_seg.evaluation import instance
 from ros2_ood_seg.evaluation.component import components
@@ -109,7 +110,7 @@ def test_equals_cityscapes_evaluator(tmp_path: Path, seed: int) -> None:
     assert (np.nan if result.ap50 is None else result.ap50) == pytest.approx(ap50, abs=1e-6, nan_ok=True)
 
 
-@pytest.mark.parametrize("name", ["road_anomaly_21", "road_obstacle_21"])
+@pytest.mark.parametrize("name", ["road_anomaly_21", "road_obstacle_21", "fishyscapes_static"])
 def test_equals_cityscapes_evaluator_on_real_labels(shared_dir: Path, tmp_path: Path, name: str) -> None:
     dataset = open_dataset("folder", shared_dir / "data" / name)
     rng = np.random.default_rng(5)
@@ -120,6 +121,41 @@ def test_equals_cityscapes_evaluator_on_real_labels(shared_dir: Path, tmp_path: 
     result = ours(truths, predictions)
     assert 0.0 < ap < 1.0
     assert (result.ap, result.ap50) == (pytest.approx(ap, abs=1e-6), pytest.approx(ap50, abs=1e-6))
+
+
+def compressed(masks: list[NDArray[np.bool_]]) -> list[dict[str, Any]]:
+    return [coco.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks]
+
+
+def assert_like_coco(truth: NDArray[np.int32], found: Prediction) -> None:
+    image = overlaps(truth, found)
+    masks = compressed([mask for mask, _ in found])
+    truths = compressed([truth == k for k in range(1, int(truth.max()) + 1)])
+    np.testing.assert_array_equal(image.area_px, coco.area(masks))
+    np.testing.assert_array_equal(image.truth_px, coco.area(truths) if truths else [])
+    if truths:
+        np.testing.assert_allclose(image.iou(), coco.iou(masks, truths, [0] * len(truths)), rtol=0, atol=1e-12)
+    # Against a crowd, COCO divides by the area of the prediction.
+    void = coco.iou(masks, compressed([truth < 0]), [1])[:, 0]
+    np.testing.assert_allclose(image.void_px / image.area_px, void, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_overlaps_equal_pycocotools(seed: int) -> None:
+    for truth, found in zip(*random_case(np.random.default_rng(seed)), strict=True):
+        if found:
+            assert_like_coco(truth, found)
+
+
+@pytest.mark.parametrize("name", ["road_anomaly_21", "road_obstacle_21", "fishyscapes_static"])
+def test_overlaps_equal_pycocotools_on_real_labels(shared_dir: Path, name: str) -> None:
+    dataset = open_dataset("folder", shared_dir / "data" / name)
+    rng = np.random.default_rng(5)
+    for source in dataset.sources[:2]:
+        truth = truth_instances(dataset.load(source).label, None)
+        found: Prediction = [(shifted(truth == k, rng, 8), 0.5) for k in range(1, int(truth.max()) + 1)]
+        assert_like_coco(truth, [*found, (truth == 0, 0.5)])
 
 
 def square(x: int, y: int, side: int, shape: tuple[int, int] = (40, 50)) -> NDArray[np.bool_]:
@@ -134,6 +170,13 @@ def test_no_truth_no_value_and_no_prediction_zero() -> None:
     assert ours([nothing], [[(square(3, 3, 8), 0.5)]]).ap is None
     assert ours([something], [[]]).ap == 0.0
     assert ours([something], [[(square(3, 3, 8), 0.5)]]).ap == 1.0
+
+
+def test_where_all_is_ignored_nothing_is_wrong() -> None:
+    truth = truth_instances(np.full((40, 50), 255, np.uint8), None)
+    judged = instance.judge(overlaps(truth, [(square(3, 3, 8), 0.5)]))
+    assert not judged.right.any()
+    assert ours([truth], [[(square(3, 3, 8), 0.5)]]).ap is None
 
 
 def test_one_pixel_objects_only_excuse_predictions() -> None:

@@ -70,6 +70,24 @@ def test_the_last_threshold_is_never_exceeded() -> None:
     assert result.mean_f1 == pytest.approx(100 / 101)
 
 
+@pytest.mark.parametrize(
+    ("label", "score", "iou", "code"),
+    [
+        ([255, 255, 255, 255], 0.5, 0.0, 0.0),
+        ([0, 0, 0, 1], 0.5, 0.25, 0.25),
+        ([255, 0, 0, 1], 0.5, 1 / 3, 0.25),
+        ([0, 0, 0, 1], 0.0, 0.0, 0.0),
+    ],
+)
+def test_constant_maps(label: list[int], score: float, iou: float, code: float) -> None:
+    scores, labels = np.full(4, score, np.float32), np.array(label)
+    parts = [ScoreCounts.from_values(scores[labels == value]) for value in (1, 0, 255)]
+    for others, expected in ((parts[1:2], iou), (parts[1:], code)):
+        result = summarise([sweep(parts[0], others)])
+        assert result is not None
+        assert result.iou == result.iou_best == pytest.approx(expected)
+
+
 def test_no_images_no_value() -> None:
     assert summarise([]) is None
 

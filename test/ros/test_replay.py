@@ -23,7 +23,7 @@ from ros2_ood_seg.evaluation.bags import BagReader
 pytestmark = pytest.mark.dds
 FRAMES, STEP_NS, START_NS, LAG_NS = 10, 200_000_000, 1_700_000_000_000_000_000, 15_000_000
 PROFILE = """\
-scorer: {input_width: 64, second_scale: 1.0}
+scorer: {input_width: 64, second_scale: 1.0, coarse_scale: 1.0}
 prompts:
   boxes: {method: components, threshold: 0.3, min_area_px: 5}
 segmenter: {name: grabcut}

@@ -76,7 +76,7 @@ def test_scores_lie_where_the_cause_is(weights: WeightFile) -> None:
 
 
 def test_padding_repeats_the_border_and_is_cut_off(weights: WeightFile) -> None:
-    scorer = make(weights, input_width=96, second_scale=1.0)
+    scorer = make(weights, input_width=96, second_scale=1.0, coarse_scale=1.0)
     image = torch.randint(0, 256, (70, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     padded = F.pad(image.permute(2, 0, 1)[None].float(), (0, 0, 0, -70 % STRIDE), mode="replicate")
     net = CompactNet().eval()
@@ -86,12 +86,17 @@ def test_padding_repeats_the_border_and_is_cut_off(weights: WeightFile) -> None:
     torch.testing.assert_close(scorer.logits(image).outlier_logit, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_second_look_is_averaged_in(weights: WeightFile, image: torch.Tensor) -> None:
-    once, fine = (make(weights, input_width=width, second_scale=1.0).logits(image) for width in (64, 128))
-    both = make(weights, input_width=64, second_scale=2.0).logits(image)
-    size = tuple(fine.outlier_logit.shape[-2:])
-    coarse = F.interpolate(once.outlier_logit[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
-    torch.testing.assert_close(both.outlier_logit, (coarse + fine.outlier_logit) / 2)
+def test_further_looks_are_averaged_in(weights: WeightFile, image: torch.Tensor) -> None:
+    def once(width: int) -> torch.Tensor:
+        return make(weights, input_width=width, second_scale=1.0, coarse_scale=1.0).logits(image).outlier_logit
+
+    fine = once(256)
+    size = tuple(fine.shape[-2:])
+    coarse, middle = (F.interpolate(once(width)[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] for width in (64, 128))
+    three = make(weights, input_width=128, second_scale=2.0, coarse_scale=0.5).logits(image).outlier_logit
+    torch.testing.assert_close(three, (coarse + middle + fine) / 3)
+    without_coarse = make(weights, input_width=128, second_scale=2.0, coarse_scale=1.0).logits(image).outlier_logit
+    torch.testing.assert_close(without_coarse, (middle + fine) / 2)
 
 
 def test_smoothing_flattens(weights: WeightFile, image: torch.Tensor) -> None:

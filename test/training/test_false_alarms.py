@@ -65,6 +65,7 @@ def test_command_measures_and_draws(data_dir: Path, tmp_path: Path, capsys: pyte
     output = tmp_path / "out" / "report.json"
     arguments = ["false-alarms", "--roads", data_dir / "roads", "--held-out", "--max-images", 2, "--output", output]
     arguments += ["--profile", "compact_s2m", "--set", "scorer.input_width=96", "--set", "scorer.second_scale=1.0"]
+    arguments += ["--set", "scorer.coarse_scale=1.0"]
     assert main([str(word) for word in arguments]) == 0
     row = json.loads(output.read_text())["sets"]["roads"]
     assert row["frames"] == 2

@@ -37,22 +37,21 @@ class ScorerConfig(_Settings):
     temperature: float = Field(1.0, gt=0.0, le=1000.0, description="T of the energy score -T*logsumexp(f/T) (S2M Eq. 2)")
     weights: str = Field("", description="Weights file, or a name of the manifest; empty takes the scorer's own")
     input_width: int = Field(
-        768,
+        1152,
         ge=64,
         le=8192,
-        description="Images are resized to this width (px) before the network, keeping their shape; 0-padding to its stride",
-    )
-    second_scale: float = Field(
-        2.0,
-        gt=0.0,
-        le=4.0,
-        description="compact: the network also looks at this multiple of input_width, and the logits are averaged; 1 for no such look",
+        description="Images are resized to this width (px) before the network, keeping their shape (compact: up to whole strides of 32 px, "
+        "others are padded with 0)",
     )
     coarse_scale: float = Field(
-        0.5,
+        0.3333,
         gt=0.0,
         le=1.0,
-        description="compact: the same at this smaller multiple, for what is near and large; 1 for no such look",
+        description="compact: the network also looks at this multiple of input_width, for what is near and large, and the logits are "
+        "averaged; 1 for no such look",
+    )
+    second_scale: float = Field(
+        1.0, ge=1.0, le=4.0, description="compact: the same at this larger multiple, for what is small and far; 1 for no such look"
     )
     statistics: str = Field(
         "", description="mahalanobis, sml: file of in-distribution statistics; empty looks for <weights>.statistics.* beside the weights"
@@ -145,8 +144,8 @@ class FusionConfig(_Settings):
     )
     floor: Literal["calibration", "value"] = Field(
         "calibration",
-        description="ugains, hybrid: masks add what they score above the raw score at floor_unit ('calibration'), "
-        "or their score, and pixels outside all masks floor_value ('value', as published)",
+        description="ugains, hybrid: the best mask adds what it scores above the raw score at floor_unit, times its predicted IoU "
+        "('calibration'), or all masks add their score, and pixels outside them get floor_value ('value', as published)",
     )
     floor_unit: float = Field(0.0, ge=0.0, le=1.0, description="ugains, hybrid: calibrated score from which masks count in the ensemble")
     floor_value: float = Field(-1.0, description="ugains, hybrid: see floor (UGainS on RbA: -1)")

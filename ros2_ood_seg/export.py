@@ -105,7 +105,7 @@ def sam_encoder(weights: str, model: str) -> Exportable:
 
 
 _SIZED: dict[str, tuple[Callable[[str, int, int], Exportable], int, int]] = {
-    "scorer": (scorer, 1536, 864),
+    "scorer": (scorer, 1152, 640),
     "segmenter": (segmenter, 192, 192),
     "prompt-generator": (prompt_generator, 640, 384),
 }

@@ -7,24 +7,24 @@ from torch import Tensor
 
 from ros2_ood_seg.config import FusionConfig
 from ros2_ood_seg.fusion.overlaps import MaskMeasures
-from ros2_ood_seg.types import ScoreMap
+from ros2_ood_seg.types import Masks, ScoreMap
 
 
 def ensemble(
-    config: FusionConfig, score_map: ScoreMap, masks: Tensor, measures: MaskMeasures, kept: Tensor, values: Tensor, ignore: Tensor | None
+    config: FusionConfig, score_map: ScoreMap, masks: Masks, measures: MaskMeasures, kept: Tensor, values: Tensor, ignore: Tensor | None
 ) -> Tensor:
-    """``A + U`` with ``A(x)`` the sum over masks that contain x (UGainS section 3.3, kumuji/ugains ``sam_sampling.py``).
+    """``A + U`` with ``A(x)`` what the masks that contain x add (UGainS section 3.3, kumuji/ugains ``sam_sampling.py``).
 
-    With ``floor: value``, as published: masks add their score, and pixels where A is 0 get ``floor_value``. Published scores are
-    negative, so overlapping masks lower the sum, and the value is right for one scorer only. With ``floor: calibration`` masks add
-    ``max(0, score - zero)``, where ``zero`` is the raw score whose calibrated value is ``floor_unit``, and pixels outside add 0:
-    no mask lowers a pixel, more evidence never counts less, and it holds for any scorer. Ignored pixels get the scorer's lowest
-    calibrated raw score and no instance score.
+    With ``floor: value``, as published: the sum of their scores, and pixels where A is 0 get ``floor_value``. Published scores are
+    negative, so overlapping masks lower the sum, and the value is right for one scorer only. With ``floor: calibration`` the greatest
+    ``max(0, score - zero) * predicted IoU`` (1 where the segmenter gives none), where ``zero`` is the raw score whose calibrated value is ``floor_unit``, and pixels
+    outside get 0: no mask lowers a pixel, nested masks of one object count once, doubtful masks count less, and it holds for any
+    scorer. Ignored pixels get the scorer's lowest calibrated raw score and no instance score.
 
     Args:
         config: Floor settings.
         score_map: The scorer's map, U.
-        masks: (N, H, W) bool, all masks.
+        masks: N masks.
         measures: Where they are.
         kept: (K,) int64 indices of the masks that count.
         values: (K,) float32 their scores in the scorer's range.
@@ -35,11 +35,13 @@ def ensemble(
     """
     calibration = score_map.calibration
     relative = config.floor == "calibration"
-    added = values.sub(calibration.to_raw(config.floor_unit)).clamp_(min=0.0) if relative else values
+    if relative:
+        values = values.sub(calibration.to_raw(config.floor_unit)).clamp_(min=0.0) * masks.quality[kept].nan_to_num(nan=1.0)
     total = torch.zeros_like(score_map.scores)
-    for n, value in zip(kept.tolist(), added, strict=True):
-        rows, columns = measures.windows[n]
-        total[rows, columns].addcmul_(masks[n, rows, columns].to(total.dtype), value)
+    for n, value in zip(kept.tolist(), values, strict=True):
+        window = total[measures.windows[n]]
+        added = masks.masks[n][measures.windows[n]] * value
+        torch.maximum(window, added, out=window) if relative else window.add_(added)
     scores = score_map.scores
     if ignore is not None:
         total.masked_fill_(ignore, 0.0)

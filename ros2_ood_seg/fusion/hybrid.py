@@ -37,7 +37,7 @@ class HybridFusion:
         scores = torch.lerp(calibration.to_unit(measures.mean_score), support, config.box_weight)
         kept = greedy_nms(iou, scores, config.nms_iou)
         kept = kept[measures.usable(config, scores)[kept]]
-        refined = ensemble(config, score_map, masks.masks, measures, kept, _to_raw(calibration, scores[kept]), ignore)
+        refined = ensemble(config, score_map, masks, measures, kept, _to_raw(calibration, scores[kept]), ignore)
         return Fused(measures.instances(masks, kept, scores, measures.mean_score), refined)
 
 

@@ -28,7 +28,7 @@ class UgainsFusion:
         scores = score_map.calibration.to_unit(measures.mean_score)
         kept = greedy_nms(measures.iou(), measures.mean_score, config.nms_iou)
         kept = kept[measures.usable(config, scores)[kept]]
-        refined = ensemble(config, score_map, masks.masks, measures, kept, measures.mean_score[kept], ignore)
+        refined = ensemble(config, score_map, masks, measures, kept, measures.mean_score[kept], ignore)
         return Fused(measures.instances(masks, kept, scores, measures.mean_score), refined)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import functions
 from ros2_ood_seg.scorers.calibration import calibration_path, read_calibration
-from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, OUTPUT_STRIDE, STRIDE, CompactNet, CompactOutput, MergedHeads
+from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, STRIDE, CompactNet, CompactOutput, MergedHeads
 from ros2_ood_seg.types import Calibration, ScoreMap
 from ros2_ood_seg.weights.store import WeightFile, find_weights, load_into, load_weights
 
@@ -108,17 +107,15 @@ class CompactScorer:
         return CompactOutput(logits[:, :-1], logits[:, -1])
 
     def _logits_at(self, pixels: Tensor, in_w: int) -> Tensor:
-        """(1, classes + 1, h/4, w/4) of the image at this width."""
+        """(1, classes + 1, h/4, w/4) of the image at about this width."""
         height, width = int(pixels.shape[2]), int(pixels.shape[3])
-        in_h = max(1, round(height * in_w / width))
+        # Whole strides at the cost of a slightly other shape: padding would show the network a border that no picture has.
+        in_h, in_w = (max(STRIDE, round(side / STRIDE) * STRIDE) for side in (height * in_w / width, in_w))
         x = pixels
         if (in_h, in_w) != (height, width):
             x = F.interpolate(x, size=(in_h, in_w), mode="bilinear", antialias=in_w < width, align_corners=False)
-        # Repeating the border rather than padding with zeros: the network never saw black frames around pictures.
-        x = F.pad(x, (0, -in_w % STRIDE, 0, -in_h % STRIDE), mode="replicate")
         with torch.inference_mode():
-            logits = self._forward(x)[0]
-        return logits[..., : math.ceil(in_h / OUTPUT_STRIDE), : math.ceil(in_w / OUTPUT_STRIDE)].float()
+            return self._forward(x)[0].float()
 
 
 def score_of(score: str, output: CompactOutput, temperature: float = 1.0) -> Tensor:

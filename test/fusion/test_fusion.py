@@ -130,13 +130,22 @@ def test_the_calibrated_ensemble_never_lowers_a_pixel(seed: int, count: int, shi
     torch.testing.assert_close(added[outside], torch.zeros(int(outside.sum())), rtol=0, atol=0)
 
 
-def test_calibrated_ensemble_adds_what_lies_above_the_zero() -> None:
+def test_calibrated_ensemble_adds_what_the_best_mask_has_above_the_zero() -> None:
     scores = torch.full((HEIGHT, WIDTH), -3.0)
     masks = mask_of((0, 0, 10, 10), (5, 5, 20, 20))
     refined = fuse("ugains", masks, scores).refined
-    assert (refined[0, 0].item(), refined[7, 7].item(), refined[30, 30].item()) == (-2.0, -1.0, -3.0)
+    # The masks lie 1 above the zero of -4, with predicted IoUs of 0.1 and 0.9.
+    torch.testing.assert_close(refined[[0, 7, 15, 30], [0, 7, 15, 30]], torch.tensor([-2.9, -2.1, -2.1, -3.0]))
     # From calibrated 0.5 on, which is raw 0, these masks do not count.
     assert torch.equal(fuse("ugains", masks, scores, floor_unit=0.5).refined, scores)
+
+
+def test_masks_without_predicted_iou_count_in_full() -> None:
+    score_map = ScoreMap(torch.full((HEIGHT, WIDTH), -3.0), "test", CALIBRATION)
+    masks = Masks(mask_of((0, 0, 10, 10)), torch.tensor([torch.nan]))
+    prompts = Prompts(torch.zeros(0, 4), torch.zeros(0), torch.zeros(1, 2))
+    refined = FUSIONS.get("ugains")(FusionConfig(name="ugains"), CPU)(score_map, prompts, masks).refined
+    assert (refined[0, 0].item(), refined[30, 30].item()) == (-2.0, -3.0)
 
 
 def test_masks_on_the_ignore_mask_are_dropped_after_suppression() -> None:

@@ -75,15 +75,17 @@ def test_scores_lie_where_the_cause_is(weights: WeightFile) -> None:
     assert 190 <= x < 226
 
 
-def test_padding_repeats_the_border_and_is_cut_off(weights: WeightFile) -> None:
-    scorer = make(weights, input_width=96, second_scale=1.0, coarse_scale=1.0)
-    image = torch.randint(0, 256, (70, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    padded = F.pad(image.permute(2, 0, 1)[None].float(), (0, 0, 0, -70 % STRIDE), mode="replicate")
+def test_the_network_sees_whole_strides_and_no_border(weights: WeightFile) -> None:
+    scorer = make(weights, input_width=100, second_scale=1.0, coarse_scale=1.0)
+    image = torch.randint(0, 256, (83, 120, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pixels = image.permute(2, 0, 1)[None].float()
+    resized = F.interpolate(pixels, size=(2 * STRIDE, 3 * STRIDE), mode="bilinear", antialias=True, align_corners=False)
     net = CompactNet().eval()
     net.load_state_dict(weights.state)
     with torch.no_grad():
-        expected = net(padded).outlier_logit[:, :18]
+        expected = net(resized).outlier_logit
     torch.testing.assert_close(scorer.logits(image).outlier_logit, expected, rtol=1e-3, atol=1e-4)
+    assert scorer(image).scores.shape == (83, 120)
 
 
 def test_further_looks_are_averaged_in(weights: WeightFile, image: torch.Tensor) -> None:

@@ -103,7 +103,7 @@ def test_variants_share_the_score_maps(labelled_set: Path, tmp_path: Path, monke
     assert reports[0].report["refined"] != reports[2].report["refined"]
     assert all(measured.total_ms > 0 for measured in reports)
 
-    sweep.measure(Variant("other scorer", {"scorer.second_scale": 1.0}), dataset)
+    sweep.measure(Variant("other scorer", {"scorer.coarse_scale": 1.0}), dataset)
     assert calls == [3, 3]
 
 

@@ -17,9 +17,9 @@ def ensemble(
 
     With ``floor: value``, as published: the sum of their scores, and pixels where A is 0 get ``floor_value``. Published scores are
     negative, so overlapping masks lower the sum, and the value is right for one scorer only. With ``floor: calibration`` the greatest
-    ``max(0, score - zero) * predicted IoU`` (1 where the segmenter gives none), where ``zero`` is the raw score whose calibrated value is ``floor_unit``, and pixels
-    outside get 0: no mask lowers a pixel, nested masks of one object count once, doubtful masks count less, and it holds for any
-    scorer. Ignored pixels get the scorer's lowest calibrated raw score and no instance score.
+    ``max(0, score - zero) * predicted IoU``, where ``zero`` is the raw score whose calibrated value is ``floor_unit`` and the IoU is 1
+    where the segmenter gives none, and pixels outside get 0: no mask lowers a pixel, nested masks of one object count once, doubtful
+    masks count less, and it holds for any scorer. Ignored pixels get the scorer's lowest calibrated raw score and no instance score.
 
     Args:
         config: Floor settings.

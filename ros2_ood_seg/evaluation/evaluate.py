@@ -95,6 +95,7 @@ class Evaluation:
         self.overlap = pipeline.runtime.device.type != "cpu"
         self._worker = ThreadPoolExecutor(1, "measure")
         self._measuring: Future[None] | None = None
+        self._idle_since: float | None = None
         if options.save is not None:
             try:
                 for folder in ("score", "refined", "instances"):
@@ -117,7 +118,7 @@ class Evaluation:
         self._names = dict.fromkeys(names)
 
     def add(self, frame: LabelledImage, external: NDArray[np.float32] | None = None, load_ms: float = 0.0) -> FrameResult:
-        """Runs one frame and measures it, on a GPU in the background while the next one runs.
+        """Runs one frame and measures it in the background: on a GPU while the next one runs, on a CPU while the caller reads it.
 
         Args:
             frame: With its ground truth; the report keeps the order of the calls.
@@ -132,31 +133,32 @@ class Evaluation:
         """
         if frame.name in self._names:
             raise InputError(f"two frames are named '{frame.name}'; names must be unique")
+        if not self.overlap:
+            self._finish_measuring()
+        idle_ms = load_ms if self._idle_since is None else (time.perf_counter() - self._idle_since) * 1e3
         if not self._warm:
             self.pipeline.warm_up(*frame.label.shape)
             self._warm = True
         result = self.pipeline.run(frame.image, external)
-        self.add_result(frame, result, load_ms)
+        self._idle_since = time.perf_counter()
+        self._start_measuring(frame, result, {"load": load_ms, "idle": idle_ms})
         return result
 
-    def add_result(self, frame: LabelledImage, result: FrameResult, load_ms: float = 0.0) -> None:
+    def add_result(self, frame: LabelledImage, result: FrameResult) -> None:
         """Measures what was found elsewhere, for example by a running node with the pipeline's settings.
 
         Args:
             frame: With its ground truth.
             result: Of this frame.
-            load_ms: See :meth:`add`.
 
         Raises:
             InputError: See :meth:`add`.
         """
         if frame.name in self._names:
             raise InputError(f"two frames are named '{frame.name}'; names must be unique")
-        self.wait()
-        self._names[frame.name] = None
-        self._measuring = self._worker.submit(self._measure, frame, result, load_ms)
+        self._start_measuring(frame, result, {})
         if not self.overlap:
-            self.wait()
+            self._finish_measuring()
 
     def wait(self) -> None:
         """Waits until the last frame is finished, and raises what stopped it.
@@ -164,11 +166,21 @@ class Evaluation:
         Raises:
             InputError: The frame cannot be used.
         """
+        self._finish_measuring()
+        # What the caller does until the next frame is none of the evaluation's time.
+        self._idle_since = None
+
+    def _start_measuring(self, frame: LabelledImage, result: FrameResult, outside_ms: Mapping[str, float]) -> None:
+        self._finish_measuring()
+        self._names[frame.name] = None
+        self._measuring = self._worker.submit(self._measure, frame, result, outside_ms)
+
+    def _finish_measuring(self) -> None:
         if self._measuring is not None:
             measuring, self._measuring = self._measuring, None
             measuring.result()
 
-    def _measure(self, frame: LabelledImage, result: FrameResult, load_ms: float) -> None:
+    def _measure(self, frame: LabelledImage, result: FrameResult, outside_ms: Mapping[str, float]) -> None:
         start = time.perf_counter()
         config = self.pipeline.config
         maps = Maps.from_result(result, config.fusion.name == "s2m", config.prompts.boxes.method != "none")
@@ -177,7 +189,7 @@ class Evaluation:
             _save(self.options.save, frame.name, maps, config.profile)
         picture = _picture(frame, result)
         self.store.save_pixels(frame.name, score, refined, (maps.refined, frame.label) if self.exact else None)
-        outside = {"load": load_ms, "measure": (time.perf_counter() - start) * 1e3}
+        outside = {**outside_ms, "measure": (time.perf_counter() - start) * 1e3}
         self.store.save(replace(figures, timings_ms=dict(result.timings_ms), outside_ms=outside), picture)
 
     def report(self, dataset: str, instance_rule: str = "as labelled") -> tuple[dict[str, Any], CountsWriter]:

@@ -52,7 +52,8 @@ class FrameMeasure:
         instances: Instance overlaps.
         truth: Ground-truth instances.
         timings_ms: Pipeline stages.
-        outside_ms: Time spent beside the pipeline: ``load`` and ``measure``, which includes writing it down.
+        outside_ms: Time spent beside the pipeline: ``load``, ``measure`` with writing it down, and ``idle``, how long the pipeline
+            waited for both before this frame.
     """
 
     name: str

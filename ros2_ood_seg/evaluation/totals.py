@@ -105,8 +105,12 @@ class Totals:
         return _percentiles(self._outside)
 
     def outside_share(self, pooled_ms: float) -> float:
-        """Share of the time that went into reading, measuring and pooling; on a GPU the first two ran beside the pipeline."""
-        outside = pooled_ms + sum(column.values().sum() for column in self._outside.values())
+        """Share of the time in which the pipeline waited for reading and measuring, and of pooling.
+
+        Where the pipeline ran elsewhere its waits are not known, and what was measured counts instead.
+        """
+        counted = [self._outside["idle"]] if "idle" in self._outside else list(self._outside.values())
+        outside = pooled_ms + sum(column.values().sum() for column in counted)
         inside = self._timings["total"].values().sum() if "total" in self._timings else 0.0
         return float(outside / (outside + inside))
 

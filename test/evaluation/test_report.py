@@ -105,9 +105,15 @@ def test_reliability_leaves_out_what_lies_on_ignored_area(totals: Totals) -> Non
     assert (rows[5]["right"], rows[2]["right"], rows[6]["right"]) == (1.0, 0.0, None)
 
 
-def test_share_of_time_outside_the_pipeline(totals: Totals) -> None:
+def test_share_of_time_outside_the_pipeline(totals: Totals, tmp_path: Path) -> None:
     # Two frames of 30 ms in the pipeline and 2 + 3 ms beside it, and 5 ms of pooling.
     assert totals.outside_share(5.0) == pytest.approx(15 / 75)
+    # Where the pipeline's waits are known, they count, and not what was done in them.
+    store = PartStore(tmp_path / "more", {})
+    put(store, "0", np.zeros(SHAPE, np.uint8), [], np.zeros(SHAPE, np.float32))
+    waited = Totals()
+    waited.add(dataclasses.replace(store.load("0"), outside_ms={"load": 2.0, "measure": 3.0, "idle": 4.0}))
+    assert waited.outside_share(6.0) == pytest.approx(10 / 40)
 
 
 def report_of(store: PartStore, names: list[str]) -> dict[str, Any]:

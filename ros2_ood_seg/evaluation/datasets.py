@@ -176,7 +176,7 @@ def read_map(path: Path) -> NDArray[np.float32]:
     """A score map from a .npy file.
 
     Raises:
-        InputError: Missing, unreadable, or not two-dimensional numbers.
+        InputError: Missing, unreadable, or not two-dimensional finite numbers.
     """
     try:
         scores = np.load(path, allow_pickle=False)
@@ -184,6 +184,8 @@ def read_map(path: Path) -> NDArray[np.float32]:
         raise InputError(f"score map '{path}' cannot be read: {error}") from error
     if not isinstance(scores, np.ndarray) or scores.ndim != 2 or scores.dtype.kind not in "fiu":
         raise InputError(f"score map '{path}' must be a two-dimensional array of numbers")
+    if not np.isfinite(scores).all():
+        raise InputError(f"score map '{path}' holds {np.count_nonzero(~np.isfinite(scores))} scores that are NaN or infinite")
     return scores.astype(np.float32)
 
 

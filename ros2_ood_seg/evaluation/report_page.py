@@ -106,7 +106,7 @@ def _summary(report: dict[str, Any]) -> str:
 def how_measured(report: dict[str, Any]) -> str:
     """Rules, versions and settings."""
     rules = "".join(
-        f"<tr><td>{html.escape(key)}</td><td class=rule>{html.escape(str(value))}</td></tr>" for key, value in report["rules"].items()
+        f"<tr><td>{html.escape(key)}</td><td class=rule>{html.escape(_plain(value))}</td></tr>" for key, value in report["rules"].items()
     )
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
     settings = html.escape("\n".join(_settings(report["config"])))
@@ -114,6 +114,12 @@ def how_measured(report: dict[str, Any]) -> str:
         f"<table>{rules}</table><small>{html.escape(versions)}</small>"
         f"<details><summary>All settings</summary><pre>{settings}</pre></details>"
     )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return str(value)
 
 
 def _settings(tree: dict[str, Any], prefix: str = "") -> list[str]:

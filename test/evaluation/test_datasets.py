@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.evaluation.datasets import LAYOUTS, labelled_image, open_dataset
+from ros2_ood_seg.evaluation.datasets import LAYOUTS, labelled_image, open_dataset, read_map
 
 LABEL = np.array([[0, 1, 1, 255], [0, 0, 0, 255], [1, 0, 0, 255]], np.uint8)
 
@@ -222,3 +222,13 @@ def test_labelled_image_checks_values_and_sizes() -> None:
         labelled_image("7", image(), np.full((3, 4), 2))
     with pytest.raises(InputError, match="instance map is 3x5"):
         labelled_image("7", image(), LABEL, np.zeros((3, 5), np.int32))
+
+
+def test_score_maps_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "map.npy"
+    np.save(path, np.arange(6, dtype=np.int16).reshape(2, 3))
+    assert read_map(path).dtype == np.float32
+    for bad, message in ((np.zeros(3), "two-dimensional"), (np.array([[0.0, np.nan, np.inf]]), r"map\.npy' holds 2 scores that are NaN")):
+        np.save(path, bad)
+        with pytest.raises(InputError, match=message):
+            read_map(path)

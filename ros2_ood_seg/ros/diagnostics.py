@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import threading
 import time
@@ -43,11 +44,13 @@ class FrameStatistics:
             self._received_s.append(time.monotonic())
 
     def answered(self, times_ms: Mapping[str, float]) -> None:
-        """A frame's instances went out; ``times_ms`` holds its stages and its latency."""
+        """A frame's instances went out; ``times_ms`` holds its stages and its latency, NaN where that is not known."""
         with self._lock:
             self._counts["answered"] += 1
             self._answered_s.append(time.monotonic())
             for name, value in times_ms.items():
+                if math.isnan(value):
+                    continue
                 self._stages_ms.setdefault(name, deque(maxlen=WINDOW)).append(value)
 
     def rejected(self, error: str) -> None:

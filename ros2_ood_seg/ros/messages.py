@@ -68,9 +68,9 @@ def detections_message(instances: AnomalyInstanceArray) -> Any:
 
 
 def latency_ms(now_ns: int, header: Header) -> float:
-    """Milliseconds from the header's stamp to now; NaN for a stamp of zero."""
+    """Milliseconds from the header's stamp to now; NaN for a stamp of zero, and before the first message of a simulated clock."""
     stamp_ns = header.stamp.sec * 1_000_000_000 + header.stamp.nanosec
-    return (now_ns - stamp_ns) / 1e6 if stamp_ns else math.nan
+    return (now_ns - stamp_ns) / 1e6 if stamp_ns and now_ns else math.nan
 
 
 def _box(runs: Runs, score: float) -> BoundingBox:

@@ -103,6 +103,7 @@ def test_headers_and_names_go_through() -> None:
 def test_latency_counts_from_the_stamp() -> None:
     assert latency_ms(12_000_000_345 + 7_500_000, HEADER) == pytest.approx(7.5)
     assert math.isnan(latency_ms(5, Header()))
+    assert math.isnan(latency_ms(0, HEADER))
 
 
 @pytest.mark.skipif(compat.vision_msgs is None, reason="vision_msgs is not installed")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ros2_ood_seg.evaluation.component import TAUS, TRACKS, ComponentMatch, Minimum, f1_star, match, summarise
+from ros2_ood_seg.evaluation.component import TAUS, TRACKS, ComponentMatch, Minimum, components, f1_star, match, summarise
 from ros2_ood_seg.evaluation.datasets import open_dataset
 
 
@@ -129,3 +130,14 @@ def test_f1_star_averages_over_thresholds() -> None:
     assert scores.f1 == pytest.approx(np.mean(expected))
     assert scores.siou == pytest.approx(0.3)
     assert f1_star(np.zeros((3, 11))) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_components_lie_where_the_mask_is(seed: int) -> None:
+    mask = np.zeros((40, 50), bool)
+    rng = np.random.default_rng(seed)
+    mask[10:30, 5:45] = rng.random((20, 40)) < 0.3
+    labels = components(mask)
+    expected = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8, ltype=cv2.CV_32S)[1]
+    assert np.array_equal(labels, expected)
+    assert not components(np.zeros((4, 5), bool)).any()

@@ -159,7 +159,14 @@ class FusionConfig(_Settings):
         100, ge=1, le=10_000_000, description="A mask with this many pixels on the ignore mask is dropped (UGainS: 100)"
     )
     min_area_px: int = Field(1, ge=1, le=10_000_000, description="Smaller instances are dropped, px of the input image")
-    min_score: float = Field(0.0, ge=0.0, le=1.0, description="Instances with a lower calibrated score are dropped")
+    half_score: float = Field(
+        0.5,
+        gt=0.0,
+        lt=1.0,
+        description="What is reported as an instance score of 0.5; below and above it scores are scaled linearly. 'ood-seg false-alarms' "
+        "says which value leaves one instance above 0.5 in 20 ordinary frames",
+    )
+    min_score: float = Field(0.0, ge=0.0, le=1.0, description="Instances with a lower reported score are dropped")
 
 
 class TrackingConfig(_Settings):

@@ -38,7 +38,7 @@ class HybridFusion:
         kept = greedy_nms(iou, scores, config.nms_iou)
         kept = kept[measures.usable(config, scores)[kept]]
         refined = ensemble(config, score_map, masks, measures, kept, _to_raw(calibration, scores[kept]), ignore)
-        return Fused(measures.instances(masks, kept, scores, measures.mean_score), refined)
+        return Fused(measures.instances(config, masks, kept, scores, measures.mean_score), refined)
 
 
 def _to_raw(calibration: Calibration, unit: Tensor) -> Tensor:

@@ -38,10 +38,11 @@ class MaskMeasures:
         union = self.area_px[:, None] + self.area_px[None, :] - self.intersection_px
         return self.intersection_px / union.clamp(min=1.0)
 
-    def instances(self, masks: Masks, kept: Tensor, scores: Tensor, raw_scores: Tensor) -> Instances:
+    def instances(self, config: FusionConfig, masks: Masks, kept: Tensor, scores: Tensor, raw_scores: Tensor) -> Instances:
         """The masks ``kept``, by descending score, without measuring them again.
 
         Args:
+            config: Half score.
             masks: All N masks.
             kept: (K,) int64 indices of masks with pixels.
             scores: (N,) calibrated scores.
@@ -51,7 +52,7 @@ class MaskMeasures:
         return Instances(
             masks=masks.masks[order],
             boxes_xyxy=self.boxes_xyxy[order],
-            scores=scores[order],
+            scores=reported(config, scores[order]),
             raw_scores=raw_scores[order],
             mask_quality=masks.quality[order],
             area_px=self.area_px[order].long(),
@@ -59,8 +60,20 @@ class MaskMeasures:
         )
 
     def usable(self, config: FusionConfig, scores: Tensor) -> Tensor:
-        """(N,) bool: not too small, not on the ignore mask, and with a calibrated score of at least ``min_score``."""
-        return (self.area_px >= config.min_area_px) & (self.ignored_px < config.ignore_overlap_px) & (scores >= config.min_score)
+        """(N,) bool: not too small, not on the ignore mask, and with a reported score of at least ``min_score``."""
+        large = self.area_px >= config.min_area_px
+        return large & (self.ignored_px < config.ignore_overlap_px) & (reported(config, scores) >= config.min_score)
+
+
+def reported(config: FusionConfig, scores: Tensor) -> Tensor:
+    """Calibrated scores as they are reported: ``half_score`` becomes 0.5, linear from 0 and to 1, so that ranks stay.
+
+    Args:
+        config: Half score.
+        scores: (N,) in [0, 1].
+    """
+    half = config.half_score
+    return torch.where(scores < half, 0.5 * scores / half, 1.0 - 0.5 * (1.0 - scores) / (1.0 - half))
 
 
 def measure_masks(masks: Tensor, scores: Tensor, ignore: Tensor | None = None, empty_score: float = 0.0) -> MaskMeasures:

@@ -8,7 +8,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ros2_ood_seg.config import FusionConfig
-from ros2_ood_seg.fusion.overlaps import MaskMeasures, measure_masks
+from ros2_ood_seg.fusion.overlaps import MaskMeasures, measure_masks, reported
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Fused, Instances, Masks, Prompts, ScoreMap
 
@@ -16,7 +16,7 @@ from ros2_ood_seg.types import Fused, Instances, Masks, Prompts, ScoreMap
 class S2mFusion:
     """The refined map holds the lowest confidence of the masks at each pixel, 0 outside all of them.
 
-    Instances are unions of masks that overlap (``merge_overlap``), with the highest confidence among them as score and raw score. A
+    Instances are unions of masks that overlap (``merge_overlap``), with the highest confidence among them as raw score. A
     mask that came from a point, which S2M itself does not use, has the calibrated mean score inside it as confidence.
     """
 
@@ -56,7 +56,7 @@ class S2mFusion:
         ranked = np.argsort(-confidence[order].cpu().numpy(), kind="stable")
         _, first = np.unique(group[ranked], return_index=True)
         best = order[torch.from_numpy(ranked[first]).to(order.device)]
-        return Instances.from_masks(unions, confidence[best], confidence[best], masks.quality[best])
+        return Instances.from_masks(unions, reported(self._config, confidence[best]), confidence[best], masks.quality[best])
 
 
 def build(config: FusionConfig, runtime: Runtime) -> S2mFusion:

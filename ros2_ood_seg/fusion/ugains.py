@@ -29,7 +29,7 @@ class UgainsFusion:
         kept = greedy_nms(measures.iou(), measures.mean_score, config.nms_iou)
         kept = kept[measures.usable(config, scores)[kept]]
         refined = ensemble(config, score_map, masks, measures, kept, measures.mean_score[kept], ignore)
-        return Fused(measures.instances(masks, kept, scores, measures.mean_score), refined)
+        return Fused(measures.instances(config, masks, kept, scores, measures.mean_score), refined)
 
 
 def build(config: FusionConfig, runtime: Runtime) -> UgainsFusion:

@@ -109,13 +109,14 @@ def measure(pipeline: Pipeline, frames: Frames, worst: Worst) -> dict[str, Any]:
         worst: Takes the frames with the highest scores.
 
     Returns:
-        Frames, instances per 20 frames above each of :data:`SCORES`, the share of frames with any above 0.5, the share of pixels whose
-        calibrated score is above 0.5, the median time in ms, and class IoUs where there are labels.
+        Frames, instances per 20 frames above each of :data:`SCORES`, the score that one instance in 20 frames exceeds, the share of frames
+        with any above 0.5, the share of pixels whose calibrated score is above 0.5, the median time in ms, and class IoUs where there
+        are labels.
 
     Raises:
         InputError: An unreadable frame.
     """
-    above = dict.fromkeys(SCORES, 0)
+    found: list[float] = []
     alarmed, pixels, high = 0, 0, 0
     times: list[float] = []
     accuracy = ClassAccuracy()
@@ -123,8 +124,7 @@ def measure(pipeline: Pipeline, frames: Frames, worst: Worst) -> dict[str, Any]:
         image, truth = road.read()
         result = pipeline.run(image)
         scores = result.instances.scores.cpu().numpy()
-        for limit in SCORES:
-            above[limit] += int((scores > limit).sum())
+        found += scores.tolist()
         alarmed += bool((scores > 0.5).any())
         high += int((result.score_map.calibrated() > 0.5).sum())
         pixels += truth.size
@@ -134,15 +134,28 @@ def measure(pipeline: Pipeline, frames: Frames, worst: Worst) -> dict[str, Any]:
             assert result.score_map.semantic is not None
             accuracy.add(result.score_map.semantic.cpu().numpy(), truth)
     iou = accuracy.iou()
+    per_20 = 20 / len(frames.images)
     return {
         "frames": len(frames.images),
-        "instances_per_20_frames": {f"above {limit}": 20 * count / len(frames.images) for limit, count in above.items()},
+        "instances_per_20_frames": {f"above {limit}": per_20 * sum(score > limit for score in found) for limit in SCORES},
+        "score_of_one_in_20_frames": score_of_one_in(found, len(frames.images) // 20),
         "frames_with_instance_above_0.5": alarmed / len(frames.images),
         "pixels_above_0.5": high / pixels,
         "total_ms_p50": float(np.median(times)),
         "miou": float(np.mean(list(iou.values()))) if iou else None,
         "iou": iou,
     }
+
+
+def score_of_one_in(scores: Sequence[float], allowed: int) -> float:
+    """The least score that no more than ``allowed`` of ``scores`` exceed; 0 when there are no more than that."""
+    return sorted(scores, reverse=True)[allowed] if allowed < len(scores) else 0.0
+
+
+def half_score_for(score: float, half_score: float) -> float:
+    """The ``fusion.half_score`` with which what is reported as ``score`` now, under ``half_score``, becomes 0.5; within [0.01, 0.99]."""
+    before = 2 * score * half_score if score < 0.5 else 1 - 2 * (1 - score) * (1 - half_score)
+    return min(max(before, 0.01), 0.99)
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -182,9 +195,14 @@ def run(args: argparse.Namespace) -> int:
     for name, row in report.items():
         counts = "".join(f"{count:8.1f}" for count in row["instances_per_20_frames"].values())
         print(f"{name:24}{row['frames']:8}{counts}" + (f"{row['miou']:36.3f}" if row["miou"] is not None else ""))
+    highest = max(row["score_of_one_in_20_frames"] for row in report.values())
+    half_score = half_score_for(highest, config.fusion.half_score)
+    print(f"one instance in 20 frames scores above {highest:.3f}; with fusion.half_score={half_score:.3f} that would be 0.5")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"profile": config.profile, "sets": report}, indent=2) + "\n", encoding="utf-8")
+        args.output.write_text(
+            json.dumps({"profile": config.profile, "half_score": half_score, "sets": report}, indent=2) + "\n", encoding="utf-8"
+        )
         picture = worst.picture()
         if picture is not None:
             cv2.imwrite(str(args.output.with_suffix(".png")), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))

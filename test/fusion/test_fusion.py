@@ -172,6 +172,17 @@ def test_small_and_weak_instances_are_dropped(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUSIONS.names)
+def test_half_score_changes_scores_and_nothing_else(name: str) -> None:
+    masks, scores = random_masks(5, 8), random_scores(5)
+    plain, scaled = (fuse(name, masks, scores, [0.9, 0.6, 0.3], half_score=half) for half in (0.5, 0.6))
+    assert torch.equal(plain.instances.masks, scaled.instances.masks)
+    assert torch.equal(plain.refined, scaled.refined)
+    assert torch.equal(plain.instances.raw_scores, scaled.instances.raw_scores)
+    before = plain.instances.scores
+    torch.testing.assert_close(scaled.instances.scores, torch.where(before < 0.6, before / 1.2, 1 - (1 - before) / 0.8))
+
+
+@pytest.mark.parametrize("name", FUSIONS.names)
 def test_no_masks(name: str) -> None:
     scores = random_scores(0)
     found = fuse(name, mask_of(), scores)

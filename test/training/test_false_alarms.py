@@ -11,9 +11,11 @@ import torch
 from sklearn.metrics import jaccard_score
 
 from ros2_ood_seg.cli import main
+from ros2_ood_seg.config import FusionConfig
+from ros2_ood_seg.fusion.overlaps import reported
 from ros2_ood_seg.pipeline import Pipeline
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES
-from ros2_ood_seg.training.false_alarms import ClassAccuracy, Frames, Worst, measure
+from ros2_ood_seg.training.false_alarms import ClassAccuracy, Frames, Worst, half_score_for, measure, score_of_one_in
 from ros2_ood_seg.training.road_images import IGNORE, read_camvid
 from ros2_ood_seg.types import Calibration, FrameResult, Instances, Prompts, ScoreMap
 
@@ -61,6 +63,20 @@ def test_what_is_counted(data_dir: Path) -> None:
     assert worst.picture() is not None
 
 
+def test_score_that_few_exceed() -> None:
+    scores = [0.2, 0.9, 0.4, 0.4]
+    assert [score_of_one_in(scores, allowed) for allowed in range(5)] == [0.9, 0.4, 0.4, 0.2, 0.0]
+
+
+@pytest.mark.parametrize(("score", "half_score"), [(0.3, 0.5), (0.8, 0.5), (0.3, 0.7), (0.8, 0.7), (0.5, 0.2)])
+def test_half_score_makes_that_score_a_half(score: float, half_score: float) -> None:
+    fused = torch.linspace(0.0, 1.0, 2001, dtype=torch.float64)
+    now = reported(FusionConfig(half_score=half_score), fused)
+    at = int((now - score).abs().argmin())
+    after = reported(FusionConfig(half_score=half_score_for(score, half_score)), fused)
+    assert float(after[at]) == pytest.approx(0.5, abs=1e-3)
+
+
 def test_command_measures_and_draws(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out" / "report.json"
     arguments = ["false-alarms", "--roads", data_dir / "roads", "--held-out", "--max-images", 2, "--output", output]
@@ -70,6 +86,8 @@ def test_command_measures_and_draws(data_dir: Path, tmp_path: Path, capsys: pyte
     row = json.loads(output.read_text())["sets"]["roads"]
     assert row["frames"] == 2
     assert row["miou"] is None
+    assert row["score_of_one_in_20_frames"] <= 1.0
+    assert 0.0 < json.loads(output.read_text())["half_score"] < 1.0
     assert cv2.imread(str(output.with_suffix(".png"))) is not None
     assert "roads" in capsys.readouterr().out
 

@@ -6,7 +6,6 @@ import argparse
 import importlib
 import json
 import platform
-import resource
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ros2_ood_seg import engines_bench, points_bench, scorers_bench
 from ros2_ood_seg.config import load_profile, parse_overrides
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.pipeline import Pipeline
+from ros2_ood_seg.runtime import peak_memory_mb
 from ros2_ood_seg.synthetic.drive import SyntheticDrive
 
 
@@ -88,7 +88,7 @@ def _bench_pipeline(args: argparse.Namespace) -> int:
         "prompts": len(result.prompts),
         "instances": len(result.instances),
         "timings_ms": timings,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mb": peak_memory_mb(),
         "peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0,
         "hardware": hardware(),
     }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from ros2_ood_seg.config import load_profile
 from ros2_ood_seg.engines import openvino_installed
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.pipeline import Pipeline
+from ros2_ood_seg.runtime import peak_memory_mb
 from ros2_ood_seg.synthetic.drive import SyntheticDrive
 from ros2_ood_seg.types import Prompts
 
@@ -70,7 +72,7 @@ def measure(profile: str, engine: str, size_wh: tuple[int, int], prompts: int, t
         "total_p50": float(np.median(times[:, :-1].sum(axis=1))),
         "cpu": float(times[:, -1].min()),
         "load_s": loaded,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mb": peak_memory_mb(),
     }
 
 
@@ -116,11 +118,19 @@ def _run(args: argparse.Namespace) -> int:
             report.append({"profile": profile, "engine": engine, **row})
             cells = "".join(f"{row[stage]:9.0f}" for stage in (*STAGES, "total", "total_p50", "cpu"))
             print(f"{profile:16}{engine:10}{cells}{row['load_s']:10.1f}{row['peak_memory_mb']:10.0f}", flush=True)
+    torch_mb = _memory_of_torch_mb()
+    print(f"importing torch {torch.__version__} alone takes {torch_mb:.0f} MB of that")
     if "openvino" not in engines:
         print("openvino is not installed: 'pip install openvino'")
     if args.output is not None:
-        args.output.write_text(json.dumps({"engines": report, "hardware": hardware()}, indent=2) + "\n", encoding="utf-8")
+        args.output.write_text(json.dumps({"engines": report, "import_torch_mb": torch_mb, "hardware": hardware()}, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _memory_of_torch_mb() -> float:
+    """Peak memory of a process that imports torch and does nothing else: the build decides it, and no setting of ours."""
+    code = "import torch; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout) / 1024
 
 
 def _in_own_process(function: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:

@@ -107,3 +107,9 @@ def _engine(wanted: str, can_openvino: bool) -> Literal["torch", "openvino"]:
     if wanted == "openvino" and not can_openvino:
         raise InputError("runtime.engine is 'openvino', which runs in float32 on a CPU: use 'auto', or other runtime.device and precision")
     return "openvino" if installed and can_openvino else "torch"
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process, MB, from Linux; ``ru_maxrss`` of a child process would begin with its parent's."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024

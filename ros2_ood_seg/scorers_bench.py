@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from torchvision.models import segmentation
 
 from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.runtime import Runtime
+from ros2_ood_seg.runtime import Runtime, peak_memory_mb
 from ros2_ood_seg.scorers import SCORERS
 from ros2_ood_seg.scorers.networks.deeplab_mobilenet_v2 import DeepLabMobileNetV2
 from ros2_ood_seg.scorers.networks.deeplab_resnet101 import DeepLabResNet101
@@ -119,7 +118,7 @@ def measure(name: str, folder: Path, width: int, height: int, repeats: int, devi
     return {
         "p50_ms": float(np.percentile(times[1:], 50)),
         "p95_ms": float(np.percentile(times[1:], 95)),
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mb": peak_memory_mb(),
         "peak_gpu_memory_mb": torch.cuda.max_memory_allocated(runtime.device) / 2**20 if runtime.device.type == "cuda" else 0.0,
     }
 

@@ -67,7 +67,10 @@ def main() -> None:
             recipe = replace(METHODS[method].recipe, iterations=args.iterations, **small, **changes)
             trained = train_published(data, recipe, args.output / method, base)
             before = average_precision_of(args.evaluate, ScorerConfig(name=PLAIN, weights=str(base), input_width=768, **BEFORE[method]))
-            figures[method] = [before, average_precision_of(args.evaluate, ScorerConfig(name=method, weights=str(trained), input_width=768))]
+            figures[method] = [
+                before,
+                average_precision_of(args.evaluate, ScorerConfig(name=method, weights=str(trained), input_width=768)),
+            ]
             path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print("| method | AP before | AP after |\n|---|---|---|")
     for method, (before, after) in figures.items():

@@ -298,5 +298,6 @@ def plot_rows(
         axis.set_title(dataset)
         axis.set_ylabel(ylabel)
         axis.grid(axis="y", alpha=0.3)
-        axis.legend(fontsize="small")
+    # Beside the panels, where it hides no bar.
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize="small")
     figure.savefig(path, dpi=110)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from ros2_ood_seg.evaluation.datasets import LabelledImage
 from ros2_ood_seg.evaluation.evaluate import Evaluation, Options
 from ros2_ood_seg.evaluation.report_page import report_html
 from ros2_ood_seg.pipeline import Pipeline
+from ros2_ood_seg.runtime import peak_memory_mb
 from ros2_ood_seg.types import Calibration, FrameResult, Instances, Prompts, ScoreMap
 
 HEIGHT, WIDTH = 96, 160
@@ -58,7 +58,7 @@ def evaluate(count: int, folder: Path, pixel_mode: str) -> float:
     config = load_profile("compact", {"scorer.name": "external", "runtime.device": "cpu"})
     pipeline = Pipeline.from_config(config)
     evaluation = Evaluation(pipeline, folder / "parts", Options(pixel_mode=pixel_mode))
-    before = peak_mb()
+    before = peak_memory_mb()
     for number in range(count):
         evaluation.add_result(*frame_and_result(number))
     output = folder / "report.json"
@@ -70,11 +70,6 @@ def evaluate(count: int, folder: Path, pixel_mode: str) -> float:
     return before
 
 
-def peak_mb() -> float:
-    """Greatest resident memory of this process so far, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("frames", type=int)
@@ -84,7 +79,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         before = evaluate(args.frames, Path(folder), args.pixel_mode)
         files = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
-    row = {"frames": args.frames, "loaded_mb": round(before), "peak_mb": round(peak_mb()), "cpu_s": round(time.process_time() - start, 1)}
+    row = {
+        "frames": args.frames,
+        "loaded_mb": round(before),
+        "peak_mb": round(peak_memory_mb()),
+        "cpu_s": round(time.process_time() - start, 1),
+    }
     print(json.dumps(row | {"bytes": files}))
 
 

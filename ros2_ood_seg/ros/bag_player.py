@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import rclpy
 from rclpy.node import Node
@@ -22,6 +22,7 @@ from ros2_ood_seg.evaluation.bag_messages import COMPRESSED_IMAGE, NS_PER_S, hea
 from ros2_ood_seg.evaluation.bags import BagImage, BagReader
 from ros2_ood_seg.evaluation.replayed import PlayedFrame, PlayReport
 from ros2_ood_seg.msg import AnomalyInstanceArray
+from ros2_ood_seg.ros.discovery import DiscoveredBy
 from ros2_ood_seg.ros.entry import run_command
 from ros2_ood_seg.ros.transport import make_room_for_images
 
@@ -43,13 +44,14 @@ class BagPlayer(Node):
         self._images = self.create_publisher(kind, topic, reliable)
         # Raw: the stamp is all that is wanted, and masks take time to deserialise.
         self._subscription = self.create_subscription(AnomalyInstanceArray, answers, self._on_answer, reliable, raw=True)
+        self._discovered = DiscoveredBy(self, str(PurePosixPath(self._subscription.topic_name).parent))
         self._sent: dict[int, tuple[int, float]] = {}
         self._answered: dict[int, float] = {}
 
     @property
     def is_connected(self) -> bool:
-        """Someone listens to the images, and someone offers answers."""
-        answers = self.count_publishers(self._subscription.topic_name) > 0
+        """Someone listens to the images, and the node that offers answers will send them here."""
+        answers = bool(self._discovered) and self.count_publishers(self._subscription.topic_name) > 0
         return answers and self._images.get_subscription_count() > 0
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import threading
 import time
 from collections import Counter, deque
@@ -12,6 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
+
+from ros2_ood_seg.runtime import peak_memory_mb
 
 WINDOW = 100
 """Rates and percentiles look at so many of the last frames."""
@@ -85,7 +86,7 @@ class FrameStatistics:
             for stage, times_ms in self._stages_ms.items():
                 p50, p95 = np.percentile(times_ms, (50, 95))
                 values[f"{stage} p50 [ms]"], values[f"{stage} p95 [ms]"] = f"{p50:.1f}", f"{p95:.1f}"
-            values |= {"last error": self._error, "memory, peak [MiB]": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}"}
+            values |= {"last error": self._error, "memory, peak [MiB]": f"{peak_memory_mb():.0f}"}
             recent_error = self._error if time.monotonic() - self._error_s < _ERROR_MEMORY_S else ""
         if torch.cuda.is_initialized():
             values["GPU memory [MiB]"] = f"{torch.cuda.memory_allocated() / 2**20:.0f}"

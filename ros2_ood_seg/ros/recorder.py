@@ -9,6 +9,7 @@ from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from ros2_ood_seg.evaluation.bag_messages import header_stamp_ns
 from ros2_ood_seg.evaluation.bag_writer import BagWriter
 from ros2_ood_seg.evaluation.results_bag import NODE
+from ros2_ood_seg.ros.discovery import DiscoveredBy
 from ros2_ood_seg.ros.outputs import IMAGE_TOPICS, SMALL_TOPICS
 
 
@@ -33,6 +34,12 @@ class Recorder(Node):
         for name in outputs:
             # Raw: deserialising a whole image for its stamp would cost milliseconds.
             self.create_subscription(kinds[name], f"{NODE}/{name}", lambda data, n=name: self._keep(n, kinds[n], data), profile, raw=True)
+        self._discovered = DiscoveredBy(self, NODE)
+
+    @property
+    def is_connected(self) -> bool:
+        """The node offers all outputs and will send them here."""
+        return bool(self._discovered) and all(self.count_publishers(f"{NODE}/{name}") for name in self.counts)
 
     def _keep(self, output: str, kind: type, data: bytes) -> None:
         self.counts[output] += 1

@@ -26,6 +26,7 @@ from ros2_ood_seg.evaluation.bag_messages import COMPRESSED_IMAGE
 from ros2_ood_seg.evaluation.bag_writer import BagWriter
 from ros2_ood_seg.evaluation.bags import BagReader
 from ros2_ood_seg.evaluation.replayed import PlayReport, Recording
+from ros2_ood_seg.evaluation.results_bag import NODE
 from ros2_ood_seg.ros.recorder import Recorder
 from ros2_ood_seg.ros.transport import make_room_for_images
 
@@ -79,6 +80,9 @@ def replay(
         "warm_up.height": height,
         "warm_up.width": width,
     }
+    if maps:
+        # Every map counts, also those that come while the recorder writes; on a vehicle only the newest does.
+        parameters[f"qos_overrides.{NODE}/anomaly_map.publisher.depth"] = 10
     if rate is None:
         # In step, every frame counts; best effort would lose large images on a busy machine.
         parameters[f"qos_overrides./image{'/compressed' if transport == 'compressed' else ''}.subscription.reliability"] = "reliable"
@@ -117,23 +121,30 @@ def _record(
     executor.add_node(recorder)
     node_log, player_log = folder / "node.log", folder / "player.log"
     try:
-        with (
-            process(node, node_log, environment) as running,
-            process(player, player_log, environment) as playing,
-            tqdm(total=total, desc="replay", unit="frame") as bar,
-        ):
-            while playing.poll() is None:
+        with process(node, node_log, environment) as running:
+
+            def spin_once() -> None:
                 executor.spin_once(timeout_sec=0.1)
-                if recorder.counts["instances"] > bar.n:
-                    bar.update(recorder.counts["instances"] - bar.n)
                 if running.poll() is not None:
                     raise ProcessError(f"the node ended with code {running.returncode}:\n{_tail(node_log)}")
-            # With a report, the player has come as far as the recording goes, and reading it again will tell what is wrong with it.
-            if playing.returncode and not (folder / "played.json").is_file():
-                raise ProcessError(f"the bag player failed:\n{_tail(player_log)}\nthe node said:\n{_tail(node_log)}")
-            end = time.monotonic() + _GRACE_S
-            while time.monotonic() < end and len(set(recorder.counts.values())) > 1:
-                executor.spin_once(timeout_sec=0.1)
+
+            end = time.monotonic() + _START_S
+            # What the node publishes before it knows the recorder gets lost.
+            while not recorder.is_connected:
+                spin_once()
+                if time.monotonic() > end:
+                    raise ProcessError(f"the node is not ready after {_START_S:g} s:\n{_tail(node_log)}")
+            with process(player, player_log, environment) as playing, tqdm(total=total, desc="replay", unit="frame") as bar:
+                while playing.poll() is None:
+                    spin_once()
+                    if recorder.counts["instances"] > bar.n:
+                        bar.update(recorder.counts["instances"] - bar.n)
+                # With a report, the player has come as far as the recording goes, and reading it again will tell what is wrong with it.
+                if playing.returncode and not (folder / "played.json").is_file():
+                    raise ProcessError(f"the bag player failed:\n{_tail(player_log)}\nthe node said:\n{_tail(node_log)}")
+                end = time.monotonic() + _GRACE_S
+                while time.monotonic() < end and len(set(recorder.counts.values())) > 1:
+                    executor.spin_once(timeout_sec=0.1)
     finally:
         executor.remove_node(recorder)
         recorder.destroy_node()

@@ -15,6 +15,7 @@ pytest.importorskip("rclpy", reason="needs ROS 2")
 pytest.importorskip("ros2_ood_seg.msg", reason="the messages are not built (colcon build)")
 
 import rclpy
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from harness import PATIENCE_S
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -57,6 +58,8 @@ class Answerer:
         topic = "image" if kind is Image else "image/compressed"
         self.node.create_subscription(kind, topic, self.on_image, reliable)
         self.answers = self.node.create_publisher(AnomalyInstanceArray, "ood_segmenter/instances", reliable)
+        self.diagnostics = self.node.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self.node.create_timer(0.1, lambda: self.diagnostics.publish(DiagnosticArray(status=[DiagnosticStatus(name="/ood_segmenter")])))
         self.images: list[Image | CompressedImage] = []
         self.skip = skip
 

@@ -16,11 +16,14 @@ from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import functions
 from ros2_ood_seg.scorers.calibration import calibration_path, read_calibration
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, STRIDE, CompactNet, CompactOutput, MergedHeads
+from ros2_ood_seg.scorers.zoom import raise_to, road_end, window_at
 from ros2_ood_seg.types import Calibration, ScoreMap
 from ros2_ood_seg.weights.store import WeightFile, find_weights, load_into, load_weights
 
 SCORES = ("outlier", "msp", "entropy", "energy", "max_logit")
 """Score functions that this network has outputs for."""
+_MORE_DETAIL = 1.25
+_ROAD = CLASS_NAMES.index("drivable")
 
 
 def build(config: ScorerConfig, runtime: Runtime) -> CompactScorer:
@@ -47,6 +50,8 @@ def from_weights(weights: WeightFile, config: ScorerConfig, runtime: Runtime, ca
 
 class CompactScorer:
     """Runs the network at ``config.input_width`` and at two multiples of it, and gives scores in the image's pixels.
+
+    In pictures with more detail than that, it looks at the end of the road (``config.zoom``) in the camera's own pixels, too.
 
     Args:
         net: The network, with weights.
@@ -78,7 +83,8 @@ class CompactScorer:
             raise InputError("scorer 'compact' computes its own map and takes no external one: set scorer.name to 'external'")
         shape_hw = (int(image.shape[0]), int(image.shape[1]))
         output = self.logits(image)
-        scores = _to_image(score_of(self._score, output, self._config.temperature)[:, None], shape_hw)
+        scores = _to_image(self._score_of(output)[:, None], shape_hw)
+        scores = self._with_zoom(image, output, scores)
         if self._config.smoothing_px:
             from torchvision.transforms.functional import gaussian_blur
 
@@ -90,7 +96,7 @@ class CompactScorer:
         return ScoreMap(scores, self.name, self._calibration, lambda: _classes(output.class_logits, shape_hw), CLASS_NAMES)
 
     def logits(self, image: Tensor) -> CompactOutput:
-        """The network's outputs for one image, averaged over its scales.
+        """The network's outputs for one image, averaged over its scales, without zoom.
 
         Args:
             image: (H, W, 3) uint8 RGB.
@@ -105,6 +111,24 @@ class CompactScorer:
         size = max((int(look.shape[2]), int(look.shape[3])) for look in looks)
         logits = torch.stack([_to_image(look, size) for look in looks]).mean(0)
         return CompactOutput(logits[:, :-1], logits[:, -1])
+
+    def _score_of(self, output: CompactOutput) -> Tensor:
+        return score_of(self._score, output, self._config.temperature)
+
+    def _with_zoom(self, image: Tensor, output: CompactOutput, scores: Tensor) -> Tensor:
+        """(1, 1, H, W) scores, raised at the end of the road to what a closer look gives there."""
+        config = self._config
+        height, width = scores.shape[-2:]
+        if not config.zoom or width < _MORE_DETAIL * config.input_width * config.second_scale:
+            return scores
+        end = road_end((output.class_logits[0].argmax(0) == _ROAD).cpu().numpy())
+        if end is None:
+            return scores
+        x, y, right, bottom = window = window_at(end, config.zoom, (height, width))
+        part = image[y:bottom, x:right].permute(2, 0, 1)[None].float()
+        logits = self._logits_at(part, right - x)
+        closer = _to_image(self._score_of(CompactOutput(logits[:, :-1], logits[:, -1]))[:, None], (bottom - y, right - x))
+        return raise_to(scores[0, 0], closer[0, 0], window)[None, None]
 
     def _logits_at(self, pixels: Tensor, in_w: int) -> Tensor:
         """(1, classes + 1, h/4, w/4) of the image at about this width."""

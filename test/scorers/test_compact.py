@@ -13,6 +13,7 @@ from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers.compact import SCORES, CompactScorer, build, from_weights, score_of
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, STRIDE, CompactNet
+from ros2_ood_seg.scorers.zoom import raise_to, window_at
 from ros2_ood_seg.types import Calibration
 from ros2_ood_seg.weights.store import WeightFile, save_weights
 
@@ -99,6 +100,19 @@ def test_further_looks_are_averaged_in(weights: WeightFile, image: torch.Tensor)
     torch.testing.assert_close(three, (coarse + middle + fine) / 3)
     without_coarse = make(weights, input_width=128, second_scale=2.0, coarse_scale=1.0).logits(image).outlier_logit
     torch.testing.assert_close(without_coarse, (middle + fine) / 2)
+
+
+def test_a_picture_with_more_detail_is_looked_at_twice_where_the_road_ends(weights: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (140, 260, 3), dtype=np.uint8))
+    monkeypatch.setattr("ros2_ood_seg.scorers.compact.road_end", lambda road: (0.5, 0.4))
+    plain, zoomed = make(weights, zoom=0.0)(image).scores, make(weights, zoom=0.5)(image).scores
+    left, top, right, bottom = window_at((0.5, 0.4), 0.5, (140, 260))
+    alone = make(weights, input_width=right - left, coarse_scale=1.0, zoom=0.0)(image[top:bottom, left:right]).scores
+    torch.testing.assert_close(zoomed, raise_to(plain, alone, (left, top, right, bottom)))
+    assert not torch.equal(zoomed, plain)
+    assert torch.equal(make(weights, input_width=256, zoom=0.5)(image).scores, make(weights, input_width=256, zoom=0.0)(image).scores)
+    monkeypatch.setattr("ros2_ood_seg.scorers.compact.road_end", lambda road: None)
+    assert torch.equal(make(weights, zoom=0.5)(image).scores, plain)
 
 
 def test_smoothing_flattens(weights: WeightFile, image: torch.Tensor) -> None:

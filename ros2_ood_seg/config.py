@@ -57,8 +57,8 @@ class ScorerConfig(_Settings):
         0.5,
         ge=0.0,
         le=1.0,
-        description="compact: in images wider than 1.25 times the widest look, one more in the camera's own pixels where the road ends: "
-        "a window of this share of the width, in which the greater score counts; 0 for no such look",
+        description="compact: in images wider than 1.25 times the widest look, one more in the camera's own pixels, no wider than that "
+        "look, where the road ends: a window of this share of the width, in which the greater score counts; 0 for no such look",
     )
     statistics: str = Field(
         "", description="mahalanobis, sml: file of in-distribution statistics; empty looks for <weights>.statistics.* beside the weights"

@@ -51,7 +51,8 @@ def from_weights(weights: WeightFile, config: ScorerConfig, runtime: Runtime, ca
 class CompactScorer:
     """Runs the network at ``config.input_width`` and at two multiples of it, and gives scores in the image's pixels.
 
-    In pictures with more detail than that, it looks at the end of the road (``config.zoom``) in the camera's own pixels, too.
+    In pictures with more detail than that, it looks at the end of the road (``config.zoom``) in the camera's own pixels, too, but no
+    wider than the widest of the others.
 
     Args:
         net: The network, with weights.
@@ -126,7 +127,8 @@ class CompactScorer:
             return scores
         x, y, right, bottom = window = window_at(end, config.zoom, (height, width))
         part = image[y:bottom, x:right].permute(2, 0, 1)[None].float()
-        logits = self._logits_at(part, right - x)
+        # No wider than the widest look: pictures of more pixels would cost more and be larger than anything seen in training.
+        logits = self._logits_at(part, min(right - x, round(config.input_width * config.second_scale)))
         closer = _to_image(self._score_of(CompactOutput(logits[:, :-1], logits[:, -1]))[:, None], (bottom - y, right - x))
         return raise_to(scores[0, 0], closer[0, 0], window)[None, None]
 

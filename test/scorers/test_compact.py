@@ -115,6 +115,16 @@ def test_a_picture_with_more_detail_is_looked_at_twice_where_the_road_ends(weigh
     assert torch.equal(make(weights, zoom=0.5)(image).scores, plain)
 
 
+def test_the_closer_look_is_no_wider_than_the_widest(weights: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ros2_ood_seg.scorers.compact.road_end", lambda road: (0.5, 0.4))
+    scorer = make(weights, zoom=0.5)
+    widths: list[int] = []
+    forward = scorer._forward
+    monkeypatch.setattr(scorer, "_forward", lambda x: (widths.append(int(x.shape[3])), forward(x))[1])
+    scorer(torch.zeros((200, 900, 3), dtype=torch.uint8))
+    assert widths == [128, 32, 128], "the window of 450 px at the widest look's 128"
+
+
 def test_smoothing_flattens(weights: WeightFile, image: torch.Tensor) -> None:
     plain, smooth = make(weights)(image).scores, make(weights, smoothing_px=15)(image).scores
     assert smooth.shape == plain.shape

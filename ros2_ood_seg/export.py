@@ -66,8 +66,7 @@ def scorer(weights: str, width: int, height: int) -> Exportable:
     """The compact scorer: RGB in [0, 255] to class logits and, as the last channel, the outlier logit."""
     from ros2_ood_seg.scorers.networks.compact import CompactNet, MergedHeads
 
-    network = CompactNet()
-    load_into(network, load_weights(find_weights(weights or "compact_scorer")), "compact_scorer")
+    network = CompactNet.of(load_weights(find_weights(weights or "compact_scorer")))
     return Exportable(MergedHeads(network.eval()), torch.zeros(1, 3, height, width), "image", ("logits",))
 
 

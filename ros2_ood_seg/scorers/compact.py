@@ -18,7 +18,7 @@ from ros2_ood_seg.scorers.calibration import calibration_path, read_calibration
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, STRIDE, CompactNet, CompactOutput, MergedHeads
 from ros2_ood_seg.scorers.zoom import raise_to, road_end, window_at
 from ros2_ood_seg.types import Calibration, ScoreMap
-from ros2_ood_seg.weights.store import WeightFile, find_weights, load_into, load_weights
+from ros2_ood_seg.weights.store import WeightFile, find_weights, load_weights
 
 SCORES = ("outlier", "msp", "entropy", "energy", "max_logit")
 """Score functions that this network has outputs for."""
@@ -42,8 +42,7 @@ def from_weights(weights: WeightFile, config: ScorerConfig, runtime: Runtime, ca
     Raises:
         WeightsError: See :func:`build`.
     """
-    net = CompactNet()
-    load_into(net, weights, "compact_scorer")
+    net = CompactNet.of(weights)
     score = config.score if config.score != "default" else str(weights.metadata.get("default_score", "outlier"))
     return CompactScorer(net, score, weights.path, calibration or _calibration(weights, score, config.temperature), config, runtime)
 

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, OUTPUT_STRIDE, CompactNet, CompactOutput
+from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, MOBILENET_V2, OUTPUT_STRIDE, CompactNet, CompactOutput
 from ros2_ood_seg.training.loop import TrainingLoop
 from ros2_ood_seg.training.outlier_exposure import (
     IGNORE,
@@ -105,6 +105,7 @@ class ScorerTraining:
     """The recipe.
 
     Args:
+        encoder: Features that the network is built on, see :data:`~ros2_ood_seg.scorers.networks.compact.ENCODERS`.
         iterations: Steps in all; the learning rate falls along a cosine to 2 % at the end.
         batch_size: Samples per step.
         learning_rate: Of the decoder; the features take ``feature_rate`` of it.
@@ -121,6 +122,7 @@ class ScorerTraining:
         paste: How samples are made.
     """
 
+    encoder: str = MOBILENET_V2
     iterations: int = 6000
     batch_size: int = 6
     learning_rate: float = 1e-3
@@ -216,7 +218,7 @@ def train_scorer(
     roads, cutouts = data.read(held_out=False)
     validation = _validation_batches(data, recipe)
     torch.manual_seed(recipe.seed)
-    net = CompactNet()
+    net = CompactNet(encoder=recipe.encoder)
     if init is not None:
         start_from(net, init)
     net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -250,7 +252,13 @@ def train_scorer(
 
     def at_checkpoint() -> dict[str, float]:
         quality = validate(cast(CompactNet, average.module), validation, device)
-        metadata = {"class_names": CLASS_NAMES, "recipe": asdict(recipe), "done": loop.done, "validation": quality}
+        metadata = {
+            "encoder": recipe.encoder,
+            "class_names": CLASS_NAMES,
+            "recipe": asdict(recipe),
+            "done": loop.done,
+            "validation": quality,
+        }
         save_weights(output / "scorer.safetensors", average.module.state_dict(), metadata, half=False)
         return quality
 

@@ -19,7 +19,7 @@ from ros2_ood_seg.scorers import SCORERS
 from ros2_ood_seg.scorers.base import CalibratedScorer
 from ros2_ood_seg.scorers.calibration import write_calibration
 from ros2_ood_seg.scorers.compact import from_weights
-from ros2_ood_seg.scorers.networks.compact import STRIDE, CompactNet
+from ros2_ood_seg.scorers.networks.compact import ENCODERS, MOBILENET_V2, STRIDE, CompactNet
 from ros2_ood_seg.training.calibrate import calibrate, calibrate_compact
 from ros2_ood_seg.training.outlier_exposure import OutlierExposure, PasteSettings, contact_sheet, read_rgb
 from ros2_ood_seg.training.published import METHODS, PublishedTraining, train_published
@@ -30,7 +30,7 @@ from ros2_ood_seg.weights.store import load_into, load_weights, save_weights
 COMPACT = "compact"
 """The method of the bundled scorer."""
 
-_OF_COMPACT = ("frozen_blocks",)
+_OF_COMPACT = ("encoder", "frozen_blocks")
 _OF_PUBLISHED = ("outlier_share",)
 _COMMON = ("iterations", "batch_size", "learning_rate", "seed", "workers", "checkpoint_minutes")
 
@@ -65,6 +65,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     compact, common = ScorerTraining(), "(default: the method's, see docs/training.md)"
     for name in _COMMON:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(getattr(compact, name)), help=common)
+    parser.add_argument("--encoder", choices=ENCODERS, help=f"compact: features to build on (default: {compact.encoder})")
     parser.add_argument(
         "--frozen-blocks", type=int, help=f"compact: feature blocks that stay as they are (default: {compact.frozen_blocks})"
     )
@@ -143,9 +144,9 @@ def average_with_start(trained: Path, start: Path, share: float) -> Path:
     Raises:
         WeightsError: ``start`` is no scorer of this network.
     """
-    after, before = load_weights(trained), CompactNet()
-    load_into(before, load_weights(start), "compact scorer")
-    earlier = before.state_dict()
+    after, before = load_weights(trained), load_weights(start)
+    earlier = before.state
+    load_into(CompactNet.of(after), before, f"compact scorer on {after.metadata.get('encoder', MOBILENET_V2)}")
     mixed = {
         name: torch.lerp(value.float(), earlier[name].float(), share) if value.is_floating_point() else value
         for name, value in after.state.items()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torchvision.models import mobilenet_v2
 
 from ros2_ood_seg.config import ScorerConfig
+from ros2_ood_seg.efficientnet import efficientnet_lite_features
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers.compact import SCORES, CompactScorer, build, from_weights, score_of
@@ -169,3 +170,42 @@ def test_frozen_blocks_get_no_gradient(weights: WeightFile) -> None:
     net(torch.rand(1, 3, 64, 64) * 255, trainable_from=4).outlier_logit.sum().backward()
     assert all(p.grad is None for p in net.features[:4].parameters())
     assert all(p.grad is not None for p in net.features[4:].parameters())
+
+
+def test_the_network_is_built_on_the_encoder_that_its_weights_name(image: torch.Tensor) -> None:
+    net = CompactNet(encoder="efficientnet_lite0")
+    metadata = {"encoder": "efficientnet_lite0", "calibrations": {"outlier": Calibration.linear().to_dict()}}
+    scorer = make(WeightFile(Path("lite0"), net.state_dict(), metadata))
+    assert scorer(image).shape_hw == (70, 130)
+    with pytest.raises(WeightsError, match="family 'compact_scorer'"):
+        make(WeightFile(Path("lite0"), net.state_dict(), {**metadata, "encoder": "mobilenet_v2"}))
+    with pytest.raises(WeightsError, match=r"built on 'resnet', known are mobilenet_v2, efficientnet_lite0"):
+        make(WeightFile(Path("other"), net.state_dict(), {**metadata, "encoder": "resnet"}))
+
+
+def test_imagenet_weights_of_an_efficientnet_are_read_under_their_published_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    features, taps, _ = efficientnet_lite_features("efficientnet_lite0")
+    for module in features.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+    published = {}
+    for key, value in features.state_dict().items():
+        block, _, rest = key.partition(".")
+        if block == "0":
+            published[f"{'_conv_stem' if rest.startswith('0.') else '_bn0'}.{rest.partition('.')[2]}"] = value
+            continue
+        *place, entry = rest.removeprefix("conv.").split(".")
+        layers = {"0.0": "_depthwise_conv", "0.1": "_bn1", "1": "_project_conv", "2": "_bn2"} if block == "1" else {
+            "0.0": "_expand_conv", "0.1": "_bn0", "1.0": "_depthwise_conv", "1.1": "_bn1", "2": "_project_conv", "3": "_bn2",
+        }  # fmt: skip
+        published[f"_blocks.{int(block) - 1}.{layers['.'.join(place)]}.{entry}"] = value
+    net = CompactNet(encoder="efficientnet_lite0").eval()
+    net.load_imagenet_features(WeightFile(tmp_path, published, {}))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(net.features(x), features.eval()(x), rtol=1e-3, atol=1e-4)
+    assert net.taps == taps
+    with pytest.raises(WeightsError, match="efficientnet_lite0 with ImageNet classes"):
+        net.load_imagenet_features(WeightFile(tmp_path, {"features.0.0.weight": torch.zeros(1)}, {}))

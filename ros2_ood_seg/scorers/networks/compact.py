@@ -1,4 +1,4 @@
-"""A small segmentation network with an outlier head: MobileNetV2 features and a light top-down decoder."""
+"""A small segmentation network with an outlier head: features of a mobile network and a light top-down decoder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ros2_ood_seg.efficientnet import VARIANTS, efficientnet_lite_features, from_published
+from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.mobilenet import mobilenet_v2_features
 from ros2_ood_seg.weights.store import WeightFile, load_into
 
@@ -21,8 +23,11 @@ STRIDE = 32
 OUTPUT_STRIDE = 4
 """Input pixels per output pixel."""
 
-_TAPS = (3, 6, 13, 17)
-_TAP_CHANNELS = (24, 32, 96, 320)
+MOBILENET_V2 = "mobilenet_v2"
+ENCODERS = (MOBILENET_V2, *VARIANTS)
+"""Names of the features that the network can be built on."""
+
+_MOBILENET_TAPS = ((3, 6, 13, 17), (24, 32, 96, 320))
 
 
 class CompactOutput(NamedTuple):
@@ -38,37 +43,62 @@ class CompactOutput(NamedTuple):
 
 
 class CompactNet(nn.Module):
-    """MobileNetV2 taps at /4, /8, /16 and /32, summed top-down, concatenated at /8 and refined at /4.
+    """Features at /4, /8, /16 and /32, summed top-down, concatenated at /8 and refined at /4.
 
     The batch norms of the features are fused into the convolutions, so training and inference compute the same function.
 
     Args:
         width: Channels of the decoder.
         num_classes: In-distribution classes.
+        encoder: One of :data:`ENCODERS`.
+
+    Raises:
+        InputError: Another encoder.
     """
 
-    def __init__(self, width: int = 64, num_classes: int = len(CLASS_NAMES)) -> None:
+    def __init__(self, width: int = 64, num_classes: int = len(CLASS_NAMES), encoder: str = MOBILENET_V2) -> None:
         super().__init__()
-        features = mobilenet_v2_features()[: _TAPS[-1] + 1]
+        self.encoder = encoder
+        features, self.taps, channels = _encoder(encoder)
         self.features = _fused(features)
-        self.lateral = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in _TAP_CHANNELS)
+        self.lateral = nn.ModuleList(nn.Conv2d(inputs, width, 1) for inputs in channels)
         self.context = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
         self.merge = nn.Sequential(nn.Conv2d(3 * width, width, 1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
         self.refine = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
         self.class_head = nn.Conv2d(width, num_classes, 1)
         self.outlier_head = nn.Conv2d(width, 1, 1)
 
-    def load_imagenet_features(self, weights: WeightFile) -> None:
-        """Starts the features from a state dict of torchvision's ``mobilenet_v2().features``.
+    @classmethod
+    def of(cls, weights: WeightFile) -> CompactNet:
+        """The network of a scorer's weights, with them.
 
         Raises:
             WeightsError: The file is of another network.
         """
-        features = mobilenet_v2_features()
-        prefix = "features."
-        state = {key.removeprefix(prefix): value for key, value in weights.state.items() if not key.startswith("classifier.")}
-        load_into(features, WeightFile(weights.path, state, weights.metadata), "torchvision mobilenet_v2 features")
-        self.features.load_state_dict(_fused(features[: _TAPS[-1] + 1]).state_dict())
+        encoder = str(weights.metadata.get("encoder", MOBILENET_V2))
+        if encoder not in ENCODERS:
+            raise WeightsError(f"weights file '{weights.path}' is built on '{encoder}', known are {', '.join(ENCODERS)}")
+        net = cls(encoder=encoder)
+        load_into(net, weights, "compact_scorer")
+        return net
+
+    def load_imagenet_features(self, weights: WeightFile) -> None:
+        """Starts the features from ImageNet weights.
+
+        Args:
+            weights: A state dict of torchvision's ``mobilenet_v2().features``, or of an EfficientNet-Lite in the published PyTorch layout.
+
+        Raises:
+            WeightsError: The file is of another network.
+        """
+        if self.encoder == MOBILENET_V2:
+            features, family = mobilenet_v2_features(), "torchvision mobilenet_v2 features"
+            state = {key.removeprefix("features."): value for key, value in weights.state.items() if not key.startswith("classifier.")}
+        else:
+            features, family = _encoder(self.encoder)[0], f"{self.encoder} with ImageNet classes"
+            state = from_published(weights.state)
+        load_into(features, WeightFile(weights.path, state, weights.metadata), family)
+        self.features.load_state_dict(_fused(features[: self.taps[-1] + 1]).state_dict())
 
     def forward(self, image: Tensor, trainable_from: int = 0) -> CompactOutput:
         """Runs the network.
@@ -87,7 +117,7 @@ class CompactNet(nn.Module):
         for index, block in enumerate(self.features):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= trainable_from):
                 x = block(x)
-            if index in _TAPS:
+            if index in self.taps:
                 taps.append(x)
         c2, c3, c4, c5 = (lateral(tap) for lateral, tap in zip(self.lateral, taps, strict=True))
         p5 = c5 + self.context(c5)
@@ -120,6 +150,16 @@ class MergedHeads(nn.Module):
 
 def _resize_like(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _encoder(name: str) -> tuple[nn.Sequential, tuple[int, ...], tuple[int, ...]]:
+    """Layers, and of those that end the strides 4 to 32 the indices and channels."""
+    if name == MOBILENET_V2:
+        taps, channels = _MOBILENET_TAPS
+        return mobilenet_v2_features()[: taps[-1] + 1], taps, channels
+    if name not in VARIANTS:
+        raise InputError(f"encoder is '{name}', allowed: {', '.join(ENCODERS)}")
+    return efficientnet_lite_features(name)
 
 
 def _fused(features: nn.Sequential) -> nn.Sequential:

@@ -6,7 +6,7 @@ The published recipe is the preset ``s2m``; ``compact`` is ours for the small de
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,7 +22,7 @@ from torchvision.ops import box_iou
 
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.prompts.networks.detectron2 import convert_detectron2_state, is_detectron2_state
-from ros2_ood_seg.prompts.networks.rcnn import InputMode, MapInput, compact_rcnn, s2m_rcnn
+from ros2_ood_seg.prompts.networks.rcnn import InputMode, MapInput, compact_rcnn, mobilenet_rcnn, s2m_rcnn
 from ros2_ood_seg.training.loop import TrainingLoop
 from ros2_ood_seg.training.processes import Processes
 from ros2_ood_seg.training.score_maps import LabelledMap, ScoreMaps
@@ -33,6 +33,7 @@ SIZE_BINS_PX = (0.0, 16.0, 32.0, 96.0, float("inf"))
 """Bounds of the square root of a box's area by which recall is reported, px of the map."""
 _MAY_CHANGE = ("iterations", "steps", "checkpoint_every", "workers", "amp")
 _LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+_SMALL = {"compact": compact_rcnn, "mobilenet_v3": mobilenet_rcnn}
 _RECALLS = ("recall", *(f"recall_from_{low:g}px" for low in SIZE_BINS_PX[:-1]))
 
 
@@ -41,7 +42,7 @@ class PromptTraining:
     """The recipe; the defaults are S2M's as released (detectron2 configuration and command line).
 
     Args:
-        network: ``s2m`` (ResNet-50-FPN) or ``compact``.
+        network: ``s2m`` (ResNet-50-FPN), ``compact`` (slim) or ``mobilenet_v3`` (MobileNetV3-Large-FPN).
         input_mode: ``raw`` scores (published) or ``calibrated`` ones.
         iterations: Steps in all.
         batch_size: Maps per step and process.
@@ -71,7 +72,7 @@ class PromptTraining:
         held_out: Maps at the end of the set that are only used to measure recall.
     """
 
-    network: Literal["s2m", "compact"] = "s2m"
+    network: Literal["s2m", "compact", "mobilenet_v3"] = "s2m"
     input_mode: InputMode = "raw"
     iterations: int = 148_300
     batch_size: int = 4
@@ -101,8 +102,8 @@ class PromptTraining:
     held_out: int = 100
 
     def __post_init__(self) -> None:
-        if self.network not in ("s2m", "compact"):
-            raise InputError(f"network is '{self.network}': use 's2m' or 'compact'")
+        if self.network not in ("s2m", *_SMALL):
+            raise InputError(f"network is '{self.network}': use 's2m', 'compact' or 'mobilenet_v3'")
         for name in ("iterations", "batch_size", "checkpoint_every", "shortest_px", "longest_px"):
             if getattr(self, name) < 1:
                 raise InputError(f"'{name}' is {getattr(self, name)}, allowed: 1 or more")
@@ -122,28 +123,26 @@ class PromptTraining:
             raise InputError("'contrast' needs calibrated scores: set input_mode to 'calibrated'")
 
 
-PRESETS = {
-    "s2m": PromptTraining(),
-    "compact": PromptTraining(
-        network="compact",
-        input_mode="calibrated",
-        iterations=3000,
-        batch_size=6,
-        learning_rate=0.02,
-        warmup_iterations=200,
-        steps=(2100, 2700),
-        clip_norm=10.0,
-        shortest_px=373,
-        longest_px=640,
-        input_width=640,
-        scale=(0.5, 1.6),
-        crop_hw=(288, 480),
-        fragments=0.5,
-        contrast=(0.6, 1.6),
-        min_box_px=2.0,
-        min_peak=0.3,
-    ),
-}
+_COMPACT = PromptTraining(
+    network="compact",
+    input_mode="calibrated",
+    iterations=3000,
+    batch_size=6,
+    learning_rate=0.02,
+    warmup_iterations=200,
+    steps=(2100, 2700),
+    clip_norm=10.0,
+    shortest_px=373,
+    longest_px=640,
+    input_width=640,
+    scale=(0.5, 1.6),
+    crop_hw=(288, 480),
+    fragments=0.5,
+    contrast=(0.6, 1.6),
+    min_box_px=2.0,
+    min_peak=0.3,
+)
+PRESETS = {"s2m": PromptTraining(), "compact": _COMPACT, "mobilenet_v3": replace(_COMPACT, network="mobilenet_v3")}
 
 
 def build_network(recipe: PromptTraining, *, pretrained: bool = False) -> tuple[nn.Module, MapInput]:
@@ -153,11 +152,11 @@ def build_network(recipe: PromptTraining, *, pretrained: bool = False) -> tuple[
         recipe: Network and input mode.
         pretrained: Whether its backbone will be given weights: then the batch norms stay frozen, and stem and first stage too.
     """
-    if recipe.network == "compact":
+    if recipe.network in _SMALL:
         if recipe.input_mode == "raw":
-            raise InputError("the compact prompt generator takes calibrated scores: set input_mode to 'calibrated'")
+            raise InputError(f"the {recipe.network} prompt generator takes calibrated scores: set input_mode to 'calibrated'")
         map_input = MapInput.calibrated()
-        return compact_rcnn(map_input), map_input
+        return _SMALL[recipe.network](map_input), map_input
     map_input = MapInput.published() if recipe.input_mode == "raw" else MapInput.calibrated(3)
     network = s2m_rcnn(map_input, num_classes=1, frozen_norm=pretrained)
     if pretrained:

@@ -13,7 +13,7 @@ from ros2_ood_seg.config import BoxPromptsConfig
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.prompts import BOX_PROMPTS
 from ros2_ood_seg.prompts.faster_rcnn import Detector, RcnnBoxes, build, build_compact
-from ros2_ood_seg.prompts.networks.rcnn import MapInput, compact_rcnn
+from ros2_ood_seg.prompts.networks.rcnn import MapInput, compact_rcnn, mobilenet_rcnn
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Calibration, ScoreMap
 from ros2_ood_seg.weights.store import save_weights
@@ -126,18 +126,18 @@ def test_weights_of_another_mode_are_refused() -> None:
         generator(input_mode="raw")
 
 
-@pytest.fixture
-def compact_weights(tmp_path: Path) -> Path:
+@pytest.fixture(params=[("compact", compact_rcnn), ("mobilenet_v3", mobilenet_rcnn)], ids=lambda network: network[0])
+def small_weights(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     torch.manual_seed(0)
+    name, make = request.param
     path = tmp_path / "generator.safetensors"
-    map_input = MapInput.calibrated()
-    save_weights(path, compact_rcnn().state_dict(), {"network": "compact", "map_input": map_input.to_dict(), "input_width": 96})
+    save_weights(path, make().state_dict(), {"network": name, "map_input": MapInput.calibrated().to_dict(), "input_width": 96})
     return path
 
 
 @pytest.mark.parametrize("factory", [build, build_compact])
-def test_weights_file_says_which_network_it_is(factory: Callable[..., RcnnBoxes], compact_weights: Path) -> None:
-    generate = factory(BoxPromptsConfig(weights=str(compact_weights), min_confidence=0.0, max_boxes=5), CPU)
+def test_weights_file_says_which_network_it_is(factory: Callable[..., RcnnBoxes], small_weights: Path) -> None:
+    generate = factory(BoxPromptsConfig(weights=str(small_weights), min_confidence=0.0, max_boxes=5), CPU)
     prompts = generate(score_map([(30, 10, 90, 50)]))
     assert 1 <= prompts.num_boxes <= 5
     assert (prompts.confidence.diff() <= 0).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,17 @@ from torchvision.ops import roi_align
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.prompts.faster_rcnn import load_detector
 from ros2_ood_seg.prompts.networks.detectron2 import convert_detectron2_state, is_detectron2_state
-from ros2_ood_seg.prompts.networks.rcnn import BGR_MEAN, Anchors, MapInput, MapTransform, RoiPooler, compact_rcnn, fuse_norms, s2m_rcnn
+from ros2_ood_seg.prompts.networks.rcnn import (
+    BGR_MEAN,
+    Anchors,
+    MapInput,
+    MapTransform,
+    RoiPooler,
+    compact_rcnn,
+    fuse_norms,
+    mobilenet_rcnn,
+    s2m_rcnn,
+)
 from ros2_ood_seg.training.prompt_generator import PRESETS, build_network, start_from
 from ros2_ood_seg.weights.store import WeightFile, load_weights
 
@@ -200,9 +211,10 @@ def test_published_constants() -> None:
     assert (network.rpn.pre_nms_top_n(), network.rpn.post_nms_top_n()) == (1000, 1000)
 
 
-def test_compact_network_is_small_and_takes_any_size() -> None:
-    network = compact_rcnn().eval()
-    assert sum(p.numel() for p in network.parameters()) < 4_000_000
+@pytest.mark.parametrize(("make", "most_parameters"), [(compact_rcnn, 1_200_000), (mobilenet_rcnn, 6_000_000)])
+def test_small_networks_take_any_size(make: Callable[[], nn.Module], most_parameters: int) -> None:
+    network = make().eval()
+    assert sum(p.numel() for p in network.parameters()) < most_parameters
     with torch.no_grad():
         for height, width in ((16, 16), (33, 129), (360, 640)):
             found = network([torch.rand(1, height, width)])[0]
@@ -215,9 +227,17 @@ def test_unusable_input_descriptions_are_refused(values: tuple[str, tuple[float,
         MapInput(*values)
 
 
-def test_fused_norms_compute_the_same_features() -> None:
+def test_mobilenet_pyramid_has_the_strides_of_the_anchors() -> None:
+    backbone = mobilenet_rcnn().backbone.eval()
+    with torch.no_grad():
+        shapes = [tuple(level.shape[1:]) for level in backbone(torch.rand(1, 1, 128, 192)).values()]
+    assert shapes == [(64, 128 // stride, 192 // stride) for stride in (4, 8, 16, 32, 64)]
+
+
+@pytest.mark.parametrize("make", [compact_rcnn, mobilenet_rcnn])
+def test_fused_norms_compute_the_same_features(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    backbone = compact_rcnn().backbone
+    backbone = make().backbone
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0.0, 0.5)

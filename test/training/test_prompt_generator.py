@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -193,9 +194,18 @@ def test_unusable_recipes_are_refused(change: dict[str, object], message: str) -
         PromptTraining(**change)  # type: ignore[arg-type]
 
 
-def test_compact_network_takes_calibrated_scores_only() -> None:
-    with pytest.raises(InputError, match="calibrated"):
-        build_network(PromptTraining(network="compact", input_mode="raw"))
+@pytest.mark.parametrize("network", ["compact", "mobilenet_v3"])
+def test_small_networks_take_calibrated_scores_only(network: Literal["compact", "mobilenet_v3"]) -> None:
+    with pytest.raises(InputError, match=f"{network} prompt generator takes calibrated"):
+        build_network(PromptTraining(network=network, input_mode="raw"))
+
+
+def test_mobilenet_learns_as_the_compact_network_does() -> None:
+    network, _ = build_network(PRESETS["mobilenet_v3"])
+    boxes = torch.tensor([[10.0, 20.0, 60.0, 50.0]])
+    losses = network.train()([torch.rand(1, 96, 128)], [{"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64)}])
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.backbone.parameters())
 
 
 def test_too_few_maps_are_refused_before_training(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Faster R-CNN on score maps: S2M's ResNet-50-FPN, and a compact one for small computers.
+"""Faster R-CNN on score maps: S2M's ResNet-50-FPN, and two for small computers, a slim one and MobileNetV3-FPN.
 
-Both are put together from torchvision's detection parts. Three parts are our own, because torchvision's differ from detectron2's
+All are put together from torchvision's detection parts. Three parts are our own, because torchvision's differ from detectron2's
 (which trained S2M's released weights) in a way that moves boxes: anchors, RoI pooling and input normalisation.
 """
 
@@ -20,9 +20,11 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.mobilenetv3 import mobilenet_v3_large
 from torchvision.models.resnet import resnet50
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.misc import Conv2dNormActivation
 
 from ros2_ood_seg.errors import InputError
 
@@ -217,13 +219,32 @@ def compact_rcnn(map_input: MapInput | None = None) -> nn.Module:
         map_input: Input of one channel; None for the calibrated map.
     """
     spec = map_input or MapInput.calibrated()
+    return _small(_SlimFpn(len(spec.mean)), spec, channels=_SlimFpn.out_channels, hidden=192)
+
+
+def mobilenet_rcnn(map_input: MapInput | None = None) -> nn.Module:
+    """The same on MobileNetV3-Large (Howard et al. 2019) with a feature pyramid, 5 M parameters.
+
+    Args:
+        map_input: Input of any number of channels; None for the calibrated map.
+    """
+    spec = map_input or MapInput.calibrated()
+    body = mobilenet_v3_large(weights=None).features[:16]
+    body[0][0] = nn.Conv2d(len(spec.mean), 16, 3, 2, 1, bias=False)
+    ends = {"3": 24, "6": 40, "12": 112, "15": 160}
+    backbone = BackboneWithFPN(body, dict(zip(ends, _LEVELS, strict=True)), list(ends.values()), 64)
+    return _small(backbone, spec, channels=64, hidden=512)
+
+
+def _small(backbone: nn.Module, map_input: MapInput, *, channels: int, hidden: int) -> nn.Module:
+    """Two stages for score maps of about 640 px, with anchors from 8 px."""
     return _assemble(
-        _SlimFpn(len(spec.mean)),
-        spec,
+        backbone,
+        map_input,
         anchors=Anchors([(2 * s, 4 * s) for s in _STRIDES]),
         pooler=RoiPooler(canonical_px=112.0, sampling=2),
-        channels=_SlimFpn.out_channels,
-        hidden=192,
+        channels=channels,
+        hidden=hidden,
         num_classes=1,
         proposals={"pre": (500, 200), "post": (200, 100)},
         samples=128,
@@ -231,9 +252,9 @@ def compact_rcnn(map_input: MapInput | None = None) -> nn.Module:
 
 
 def fuse_norms(network: nn.Module) -> None:
-    """Folds the compact network's batch norms into its convolutions, in place: the same function in evaluation mode, but faster."""
+    """Folds the small networks' batch norms into their convolutions, in place: the same function in evaluation mode, but faster."""
     network.eval()
-    for module in network.modules():
+    for module in list(network.modules()):
         if isinstance(module, _Block):
             module.conv1, module.norm1 = _fused(module.conv1, module.norm1)
             module.conv2, module.norm2 = _fused(module.conv2, module.norm2)
@@ -241,6 +262,8 @@ def fuse_norms(network: nn.Module) -> None:
                 module.skip = nn.Sequential(*_fused(module.skip[0], module.skip[1]))
         elif isinstance(module, _SlimFpn):
             module.stem = nn.Sequential(*_fused(module.stem[0], module.stem[1]), nn.ReLU())
+        elif isinstance(module, Conv2dNormActivation) and len(module) > 1 and isinstance(module[1], nn.BatchNorm2d):
+            module[0], module[1] = _fused(module[0], module[1])
 
 
 def _fused(conv: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ros2_ood_seg.config import FusionConfig
 from ros2_ood_seg.fusion.ensemble import ensemble
-from ros2_ood_seg.fusion.nms import greedy_nms
+from ros2_ood_seg.fusion.nms import drop_parts, greedy_nms
 from ros2_ood_seg.fusion.overlaps import measure_masks
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Calibration, Fused, Masks, Prompts, ScoreMap
@@ -38,7 +38,9 @@ class HybridFusion:
         kept = greedy_nms(iou, scores, config.nms_iou)
         kept = kept[measures.usable(config, scores)[kept]]
         refined = ensemble(config, score_map, masks, measures, kept, _to_raw(calibration, scores[kept]), ignore)
-        return Fused(measures.instances(config, masks, kept, scores, measures.mean_score), refined)
+        inside = measures.intersection_px / measures.area_px.clamp(min=1.0)[:, None]
+        whole = drop_parts(inside, kept, config.part_share)
+        return Fused(measures.instances(config, masks, whole, scores, measures.mean_score), refined)
 
 
 def _to_raw(calibration: Calibration, unit: Tensor) -> Tensor:

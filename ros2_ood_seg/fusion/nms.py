@@ -27,3 +27,21 @@ def greedy_nms(iou: Tensor, scores: Tensor, threshold: float) -> Tensor:
             kept.append(int(n))
             suppressed |= duplicates[n]
     return torch.tensor(kept, dtype=torch.int64, device=scores.device)
+
+
+def drop_parts(inside: Tensor, kept: Tensor, share: float) -> Tensor:
+    """Leaves out masks that lie in better ones.
+
+    Args:
+        inside: (N, N) share of the row's mask that the column's mask covers.
+        kept: (K,) int64 indices of the masks in question, best first.
+        share: A mask is left out when a better one that stays covers at least this share of it; above 1 for none.
+
+    Returns:
+        (K',) int64, what stays of ``kept``, in its order.
+    """
+    covered = (inside[kept][:, kept] >= share).cpu().numpy()
+    stays = np.zeros(len(kept), dtype=bool)
+    for n in range(len(kept)):
+        stays[n] = not (covered[n, :n] & stays[:n]).any()
+    return kept[torch.from_numpy(stays).to(kept.device)]

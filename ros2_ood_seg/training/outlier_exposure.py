@@ -33,6 +33,7 @@ from ros2_ood_seg.training.road_images import (
 
 __all__ = [
     "IGNORE",
+    "PASTE_CHANCES",
     "Cutout",
     "OutlierExposure",
     "PasteSettings",
@@ -55,6 +56,22 @@ __all__ = [
 ]
 
 
+PASTE_CHANCES = (
+    "procedural",
+    "perspective",
+    "on_road",
+    "harmonise",
+    "blur",
+    "feather",
+    "shadow",
+    "native",
+    "detail",
+    "illumination",
+    "mirror",
+)
+"""Fields of :class:`PasteSettings` that are chances."""
+
+
 @dataclass(frozen=True)
 class PasteSettings:
     """How road images are cropped and objects pasted.
@@ -69,6 +86,8 @@ class PasteSettings:
             cut to the sample if larger, and lie anywhere entirely inside it; empty for none.
         procedural: Chance that an anomaly is a random blob or the outline of any cut-out, filled with a piece of another picture (without
             cut-outs: with a random texture).
+        detail: Chance that an enlarged, soft frame gets fine texture and sharp edges before anything is pasted: otherwise sharpness alone
+            would tell what was pasted.
         illumination: Chance of sunlit and shaded patches, labelled normal.
         known_classes: In-distribution classes that may be pasted as normal. Without vehicles, unusual ones stay anomalies.
         perspective: Chance that an object's size follows its height in the image as on a flat road.
@@ -97,6 +116,7 @@ class PasteSettings:
     feather: float = 0.8
     shadow: float = 0.3
     native: float = 0.4
+    detail: float = 0.0
     illumination: float = 0.6
     mirror: float = 0.5
     augment: bool = True
@@ -118,12 +138,13 @@ class PasteSettings:
             feather=0.0,
             shadow=0.0,
             native=0.0,
+            detail=0.0,
             illumination=0.0,
             augment=False,
         )
 
     def __post_init__(self) -> None:
-        for name in ("procedural", "perspective", "on_road", "harmonise", "blur", "feather", "shadow", "native", "illumination", "mirror"):
+        for name in PASTE_CHANCES:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"paste setting '{name}' is {getattr(self, name)}, allowed: a number from 0 to 1")
         for name in ("frame_width_px", "objects_per_image", "known_per_image", "object_px"):
@@ -259,6 +280,8 @@ class _Canvas:
         if not native:
             image, semantic = _resize(image, (out_h, out_w)), _resize_labels(semantic, (out_h, out_w))
             horizon_y *= enlarge
+            if settings.detail and enlarge > 1.0 and rng.random() < settings.detail:
+                image = _detailed(image, enlarge, rng)
         return cls(image, semantic, settings, h / out_h if native else 1.0, horizon_y)
 
     def paste(self, cutout: tuple[NDArray[np.uint8], int], rng: np.random.Generator) -> None:
@@ -378,6 +401,20 @@ class _Canvas:
         cv2.ellipse(shadow, (round(foot_x), round(foot_y)), axes, 0, 0, 360, 1.0, -1)
         shadow = cv2.GaussianBlur(shadow, (0, 0), max(0.5, 0.05 * width))
         self.image = (self.image * (1.0 - float(rng.uniform(0.2, 0.6)) * shadow[..., None])).astype(np.uint8)
+
+
+def _detailed(image: NDArray[np.uint8], enlarged: float, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Sharpens edges and adds grain of about a pixel, patchy and stronger where it is bright, as a camera of more pixels would show."""
+    pixels = image.astype(np.float32)
+    pixels += float(rng.uniform(0.3, 2.0)) * (pixels - cv2.GaussianBlur(pixels, (0, 0), 0.6 * enlarged))
+    grain = rng.standard_normal(image.shape[:2], dtype=np.float32)
+    fine = _log_uniform(rng, (0.4, 1.5))
+    grain = cv2.GaussianBlur(grain, (0, 0), fine) - cv2.GaussianBlur(grain, (0, 0), 3.0 * fine)
+    patches = cv2.GaussianBlur(rng.random(image.shape[:2], dtype=np.float32), (0, 0), _log_uniform(rng, (8.0, 60.0)))
+    patches = (patches - patches.min()) / max(float(np.ptp(patches)), 1e-6)
+    grain *= _log_uniform(rng, (2.0, 12.0)) / max(float(grain.std()), 1e-6) * patches
+    pixels += (grain * (pixels.mean(axis=2) / 128.0))[..., None]
+    return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
 
 
 def tight_boxes_xyxy(instances: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -155,6 +155,28 @@ def test_objects_take_over_the_blur_of_the_frame(tmp_path: Path) -> None:
     assert steps[1] < 120
 
 
+def test_soft_frames_get_detail_before_anything_is_pasted(tmp_path: Path) -> None:
+    step = np.full((60, 80, 3), 60, np.uint8)
+    step[:, 40:] = 180
+    write(tmp_path / "roads/step.png", step)
+    plain = PasteSettings(
+        crop_hw=(64, 96), frame_width_px=(320, 320), objects_per_image=(0, 0), known_per_image=(0, 0), procedural=1.0,
+        native=0.0, illumination=0.0, mirror=0.0, augment=False,
+    )  # fmt: skip
+    roads = [read_road_folder(tmp_path / "roads")]
+    soft, sharp = (OutlierExposure(roads, [], replace(plain, detail=chance), 0, 12) for chance in (0.0, 1.0))
+    energy = [
+        sum(float(cv2.Laplacian(sample.image, cv2.CV_32F).std()) for sample in map(data.__getitem__, range(12))) for data in (soft, sharp)
+    ]
+    assert energy[1] > 3 * energy[0]
+    assert not any(sharp[k].anomaly.any() for k in range(12))
+    again = OutlierExposure(roads, [], replace(plain, detail=1.0), 0, 12)
+    assert all(np.array_equal(sharp[k].image, again[k].image) for k in range(12))
+    # Nothing to add where no pixels are missing.
+    own = replace(plain, frame_width_px=(80, 80), crop_hw=(32, 48), detail=1.0)
+    assert set(np.unique(OutlierExposure(roads, [], own, 0, 4)[0].image)) <= {60, 180}
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")
 def test_whole_pictures_leave_out_known_classes_and_small_ones(tmp_path: Path) -> None:
     square = [[10, 10, 60, 10, 60, 60, 10, 60]]

@@ -44,14 +44,17 @@ class ScorerConfig(_Settings):
         "others are padded with 0)",
     )
     coarse_scale: float = Field(
-        0.3333,
+        0.25,
         gt=0.0,
         le=1.0,
         description="compact: the network also looks at this multiple of input_width, for what is near and large, and the logits are "
         "averaged; 1 for no such look",
     )
     second_scale: float = Field(
-        1.0, ge=1.0, le=4.0, description="compact: the same at this larger multiple, for what is small and far; 1 for no such look"
+        0.5,
+        ge=0.125,
+        le=4.0,
+        description="compact: the same at a third multiple, above 1 for what is small and far; 1 for no such look",
     )
     zoom: float = Field(
         0.5,
@@ -163,7 +166,7 @@ class FusionConfig(_Settings):
         description="hybrid: weight of the box confidence in an instance's score; the rest is the calibrated mean score",
     )
     part_share: float = Field(
-        1.01,
+        0.6,
         gt=0.0,
         le=1.01,
         description="hybrid: a mask of which a better one covers this share is a part of that object and no instance; above 1 for none",

@@ -119,7 +119,8 @@ class CompactScorer:
         """(1, 1, H, W) scores, raised at the end of the road to what a closer look gives there."""
         config = self._config
         height, width = scores.shape[-2:]
-        if not config.zoom or width < _MORE_DETAIL * config.input_width * config.second_scale:
+        widest = config.input_width * max(1.0, config.second_scale)
+        if not config.zoom or width < _MORE_DETAIL * widest:
             return scores
         end = road_end((output.class_logits[0].argmax(0) == _ROAD).cpu().numpy())
         if end is None:
@@ -127,7 +128,7 @@ class CompactScorer:
         x, y, right, bottom = window = window_at(end, config.zoom, (height, width))
         part = image[y:bottom, x:right].permute(2, 0, 1)[None].float()
         # No wider than the widest look: pictures of more pixels would cost more and be larger than anything seen in training.
-        logits = self._logits_at(part, min(right - x, round(config.input_width * config.second_scale)))
+        logits = self._logits_at(part, min(right - x, round(widest)))
         closer = _to_image(self._score_of(CompactOutput(logits[:, :-1], logits[:, -1]))[:, None], (bottom - y, right - x))
         return raise_to(scores[0, 0], closer[0, 0], window)[None, None]
 

@@ -108,7 +108,7 @@ def test_a_picture_with_more_detail_is_looked_at_twice_where_the_road_ends(weigh
     monkeypatch.setattr("ros2_ood_seg.scorers.compact.road_end", lambda road: (0.5, 0.4))
     plain, zoomed = make(weights, zoom=0.0)(image).scores, make(weights, zoom=0.5)(image).scores
     left, top, right, bottom = window_at((0.5, 0.4), 0.5, (140, 260))
-    alone = make(weights, input_width=right - left, coarse_scale=1.0, zoom=0.0)(image[top:bottom, left:right]).scores
+    alone = make(weights, input_width=right - left, coarse_scale=1.0, second_scale=1.0, zoom=0.0)(image[top:bottom, left:right]).scores
     torch.testing.assert_close(zoomed, raise_to(plain, alone, (left, top, right, bottom)))
     assert not torch.equal(zoomed, plain)
     assert torch.equal(make(weights, input_width=256, zoom=0.5)(image).scores, make(weights, input_width=256, zoom=0.0)(image).scores)
@@ -123,7 +123,7 @@ def test_the_closer_look_is_no_wider_than_the_widest(weights: WeightFile, monkey
     forward = scorer._forward
     monkeypatch.setattr(scorer, "_forward", lambda x: (widths.append(int(x.shape[3])), forward(x))[1])
     scorer(torch.zeros((200, 900, 3), dtype=torch.uint8))
-    assert widths == [128, 32, 128], "the window of 450 px at the widest look's 128"
+    assert widths == [128, 32, 64, 128], "the window of 450 px at the widest look's 128"
 
 
 def test_smoothing_flattens(weights: WeightFile, image: torch.Tensor) -> None:

@@ -414,7 +414,8 @@ def _detailed(image: NDArray[np.uint8], enlarged: float, rng: np.random.Generato
     patches = (patches - patches.min()) / max(float(np.ptp(patches)), 1e-6)
     grain *= _log_uniform(rng, (2.0, 12.0)) / max(float(grain.std()), 1e-6) * patches
     pixels += (grain * (pixels.mean(axis=2) / 128.0))[..., None]
-    return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
+    detailed: NDArray[np.uint8] = np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
+    return detailed
 
 
 def tight_boxes_xyxy(instances: NDArray[np.int32]) -> NDArray[np.float32]:

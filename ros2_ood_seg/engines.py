@@ -52,10 +52,14 @@ class OpenVinoNetwork:
     def __init__(self, network: nn.Module, example: Tensor, threads: int, *, parallel: bool = False) -> None:
         self._model = _converted(network, example)
         self._streams = threads if parallel else 1
-        # Pinned threads of two cameras' processes would share one core and leave the others idle.
-        self._options = {"NUM_STREAMS": self._streams, "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
-        # Where the CPU has bfloat16, OpenVINO would use it without being asked, and scores would be off by a tenth.
-        self._options["INFERENCE_PRECISION_HINT"] = "f32"
+        self._options = {
+            "NUM_STREAMS": self._streams,
+            "INFERENCE_NUM_THREADS": threads,
+            # Pinned threads of two cameras' processes would share one core and leave the others idle.
+            "ENABLE_CPU_PINNING": False,
+            # Where the CPU has bfloat16, OpenVINO would use it without being asked, and scores would be off by a tenth.
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
         self._queues: OrderedDict[tuple[int, ...], Any] = OrderedDict()
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:

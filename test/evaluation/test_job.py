@@ -91,7 +91,8 @@ def test_a_part_is_taken_up_where_its_worker_died(job: Job, expected: dict[str, 
         Worker(job).run(job.dataset.sources)
     monkeypatch.setattr(Evaluation, "add", lambda self, frame, *more: (added.append(frame.name), whole(self, frame, *more))[1])
     Worker(job).run(job.dataset.sources)
-    assert added == ["0", "1", "2", "3", "4"]
+    # A frame is measured while the next one is read: the one before the death may not have been finished.
+    assert added in (["0", "1", "2", "3", "4"], ["0", "1", "1", "2", "3", "4"])
     assert figures(job, evaluation) == expected
 
 

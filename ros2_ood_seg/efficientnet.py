@@ -8,55 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ros2_ood_seg.mobilenet import InvertedResidual, conv_norm_relu6, initialised
 
 _STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
 """Blocks, kernel, stride of the first block, expansion and channels of EfficientNet-B0 (Table 1)."""
 _SCALES = {"efficientnet_lite0": (1.0, 1.0), "efficientnet_lite1": (1.0, 1.1), "efficientnet_lite2": (1.1, 1.2)}
 """Multiples of channels and of blocks."""
 _STEM = 32
-_NORM_EPS = 1e-3
 
 VARIANTS = tuple(_SCALES)
 """Names for :func:`efficientnet_lite_features`."""
-
-
-class MobileBlock(nn.Module):
-    """Expand, filter each channel, project; added to the input where the shapes agree.
-
-    Args:
-        inputs: Channels.
-        outputs: Channels.
-        kernel: Side of the depthwise convolution, px.
-        stride: Of the depthwise convolution.
-        expansion: Its channels, as a multiple of the inputs; 1 leaves the expanding convolution out.
-    """
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        hidden = inputs * expansion
-        expand = [] if expansion == 1 else [_conv_norm_relu6(inputs, hidden, 1)]
-        filtered = _conv_norm_relu6(hidden, hidden, kernel, stride, groups=hidden)
-        self.conv = nn.Sequential(*expand, filtered, nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs, eps=_NORM_EPS))
-        self.adds_input = stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, h, w) to (B, outputs, h/stride, w/stride)."""
-        y = cast("Tensor", self.conv(x))
-        return x + y if self.adds_input else y
-
-
-class SamePadConv2d(nn.Conv2d):
-    """A strided convolution that pads even inputs as TensorFlow's "SAME" does: the odd pixel goes below and to the right."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) with even h and w to (B, C', h/2, w/2)."""
-        before = (self.kernel_size[0] - 2) // 2
-        after = self.kernel_size[0] - 2 - before
-        return super().forward(F.pad(x, (before, after, before, after)))
 
 
 def efficientnet_lite_features(name: str) -> tuple[nn.Sequential, tuple[int, ...], tuple[int, ...]]:
@@ -69,7 +33,7 @@ def efficientnet_lite_features(name: str) -> tuple[nn.Sequential, tuple[int, ...
         The layers, and of those that end the strides 4, 8, 16 and 32 the indices and channels.
     """
     width, depth = _SCALES[name]
-    layers: list[nn.Module] = [_conv_norm_relu6(3, _STEM, 3, 2)]
+    layers: list[nn.Module] = [conv_norm_relu6(3, _STEM, 3, 2, like_tensorflow=True)]
     ends: dict[int, tuple[int, int]] = {}
     inputs, total_stride = _STEM, 2
     for stage, (blocks, kernel, stride, expansion, channels) in enumerate(_STAGES):
@@ -77,16 +41,12 @@ def efficientnet_lite_features(name: str) -> tuple[nn.Sequential, tuple[int, ...
         # Lite networks scale neither the stem nor the first and last stage's depth.
         repeats = blocks if stage in (0, len(_STAGES) - 1) else math.ceil(blocks * depth)
         for block in range(repeats):
-            layers.append(MobileBlock(inputs, outputs, kernel, stride if block == 0 else 1, expansion))
+            layers.append(InvertedResidual(inputs, outputs, stride if block == 0 else 1, expansion, kernel, like_tensorflow=True))
             inputs = outputs
         total_stride *= stride
         ends[total_stride] = (len(layers) - 1, outputs)
-    features = nn.Sequential(*layers)
-    for module in features.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out")
     taps = [ends[s] for s in (4, 8, 16, 32)]
-    return features, tuple(index for index, _ in taps), tuple(channels for _, channels in taps)
+    return initialised(layers), tuple(index for index, _ in taps), tuple(channels for _, channels in taps)
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -115,12 +75,3 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _round_channels(channels: float) -> int:
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
-
-
-def _conv_norm_relu6(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    conv: nn.Conv2d
-    if stride == 1:
-        conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)
-    else:
-        conv = SamePadConv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs, eps=_NORM_EPS), nn.ReLU6(inplace=True))

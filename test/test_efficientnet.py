@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ros2_ood_seg.efficientnet import VARIANTS, SamePadConv2d, efficientnet_lite_features, from_published
+from ros2_ood_seg.efficientnet import VARIANTS, efficientnet_lite_features, from_published
+from ros2_ood_seg.mobilenet import SamePadConv2d
 
 PUBLISHED_PARAMETERS = {"efficientnet_lite0": 4_652_008, "efficientnet_lite1": 5_416_680, "efficientnet_lite2": 6_092_072}
 HEAD_CHANNELS, IMAGENET_CLASSES = 1280, 1000

@@ -165,11 +165,8 @@ class FusionConfig(_Settings):
         le=1.0,
         description="hybrid: weight of the box confidence in an instance's score; the rest is the calibrated mean score",
     )
-    part_share: float = Field(
-        0.6,
-        gt=0.0,
-        le=1.01,
-        description="hybrid: a mask of which a better one covers this share is a part of that object and no instance; above 1 for none",
+    nms_containment: float = Field(
+        0.6, gt=0.0, le=1.0, description="hybrid: a mask is no instance of its own when a better one covers more than this share of it"
     )
     ignore_overlap_px: int = Field(
         100, ge=1, le=10_000_000, description="A mask with this many pixels on the ignore mask is dropped (UGainS: 100)"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ros2_ood_seg.config import FusionConfig
 from ros2_ood_seg.fusion.ensemble import ensemble
-from ros2_ood_seg.fusion.nms import drop_parts, greedy_nms
+from ros2_ood_seg.fusion.nms import drop_contained, greedy_nms
 from ros2_ood_seg.fusion.overlaps import measure_masks
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Calibration, Fused, Masks, Prompts, ScoreMap
@@ -20,6 +20,7 @@ class HybridFusion:
     ``score = (1 - w) * m + w * max_b(confidence_b * IoU(mask, mask_b))`` with w = ``box_weight``, m the calibrated mean score inside
     the mask, and b over all box prompts. A box's own mask counts with its full confidence, and a point's mask with that of a box that
     found the same object, so that both kinds compete on one scale. The ensemble adds this score, mapped back to the scorer's range.
+    A mask that lies in a better one counts in the ensemble but is no instance of its own: points give parts of what boxes give whole.
     """
 
     def __init__(self, config: FusionConfig) -> None:
@@ -38,8 +39,7 @@ class HybridFusion:
         kept = greedy_nms(iou, scores, config.nms_iou)
         kept = kept[measures.usable(config, scores)[kept]]
         refined = ensemble(config, score_map, masks, measures, kept, _to_raw(calibration, scores[kept]), ignore)
-        inside = measures.intersection_px / measures.area_px.clamp(min=1.0)[:, None]
-        whole = drop_parts(inside, kept, config.part_share)
+        whole = drop_contained(measures.inside(), kept, config.nms_containment)
         return Fused(measures.instances(config, masks, whole, scores, measures.mean_score), refined)
 
 

@@ -29,18 +29,18 @@ def greedy_nms(iou: Tensor, scores: Tensor, threshold: float) -> Tensor:
     return torch.tensor(kept, dtype=torch.int64, device=scores.device)
 
 
-def drop_parts(inside: Tensor, kept: Tensor, share: float) -> Tensor:
-    """Leaves out masks that lie in better ones.
+def drop_contained(inside: Tensor, kept: Tensor, threshold: float) -> Tensor:
+    """Leaves out masks that lie in better ones, as the parts of an object do; their IoU may be small.
 
     Args:
         inside: (N, N) share of the row's mask that the column's mask covers.
         kept: (K,) int64 indices of the masks in question, best first.
-        share: A mask is left out when a better one that stays covers at least this share of it; above 1 for none.
+        threshold: A mask is left out when a better one that stays covers more than this share of it; 1 for none.
 
     Returns:
         (K',) int64, what stays of ``kept``, in its order.
     """
-    covered = (inside[kept][:, kept] >= share).cpu().numpy()
+    covered = (inside[kept][:, kept] > threshold).cpu().numpy()
     stays = np.zeros(len(kept), dtype=bool)
     for n in range(len(kept)):
         stays[n] = not (covered[n, :n] & stays[:n]).any()

@@ -38,6 +38,10 @@ class MaskMeasures:
         union = self.area_px[:, None] + self.area_px[None, :] - self.intersection_px
         return self.intersection_px / union.clamp(min=1.0)
 
+    def inside(self) -> Tensor:
+        """(N, N) float64 share of the row's mask that the column's mask covers, 0 for an empty mask."""
+        return self.intersection_px / self.area_px.clamp(min=1.0)[:, None]
+
     def instances(self, config: FusionConfig, masks: Masks, kept: Tensor, scores: Tensor, raw_scores: Tensor) -> Instances:
         """The masks ``kept``, by descending score, without measuring them again.
 

@@ -209,7 +209,7 @@ def test_hybrid_keeps_one_of_a_box_and_a_point_on_the_same_object() -> None:
 
 def test_hybrid_point_masks_inherit_from_a_box_by_their_overlap() -> None:
     masks = mask_of((0, 0, 20, 20), (0, 0, 20, 10))
-    found = fuse("hybrid", masks, confidence=[0.8], part_share=1.01).instances
+    found = fuse("hybrid", masks, confidence=[0.8], nms_containment=1.0).instances
     torch.testing.assert_close(found.scores, torch.tensor([0.65, 0.25 + 0.5 * 0.8 * 0.5]))
 
 
@@ -217,8 +217,8 @@ def test_hybrid_counts_a_part_of_a_better_mask_in_the_refined_map_only() -> None
     masks = mask_of((10, 10, 30, 30), (12, 12, 18, 18), (40, 5, 50, 15))
     scores = torch.full((HEIGHT, WIDTH), -4.0)
     scores[masks[1]] = 3.0
-    whole = fuse("hybrid", masks, scores, confidence=[1.0], box_weight=1.0, part_share=0.5)
-    every = fuse("hybrid", masks, scores, confidence=[1.0], box_weight=1.0, part_share=1.01)
+    whole = fuse("hybrid", masks, scores, confidence=[1.0], box_weight=1.0, nms_containment=0.5)
+    every = fuse("hybrid", masks, scores, confidence=[1.0], box_weight=1.0, nms_containment=1.0)
     assert torch.equal(whole.refined, every.refined)
     assert len(every.instances) == 3
     assert torch.equal(whole.instances.masks, every.instances.masks[[0, 2]])
@@ -226,7 +226,7 @@ def test_hybrid_counts_a_part_of_a_better_mask_in_the_refined_map_only() -> None
 
 def test_hybrid_without_box_weight_ranks_as_ugains() -> None:
     masks, scores = random_masks(3, 8), random_scores(3)
-    hybrid, ugains = (fuse(name, masks, scores, [0.9, 0.4], box_weight=0.0, part_share=1.01) for name in ("hybrid", "ugains"))
+    hybrid, ugains = (fuse(name, masks, scores, [0.9, 0.4], box_weight=0.0, nms_containment=1.0) for name in ("hybrid", "ugains"))
     assert torch.equal(hybrid.instances.masks, ugains.instances.masks)
     torch.testing.assert_close(hybrid.refined, ugains.refined)
 

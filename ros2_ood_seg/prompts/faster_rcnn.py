@@ -14,7 +14,7 @@ from torchvision.ops import nms
 from ros2_ood_seg.config import BoxPromptsConfig
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.prompts.networks.detectron2 import convert_detectron2_state, is_detectron2_state
-from ros2_ood_seg.prompts.networks.rcnn import MapInput, compact_rcnn, fuse_norms, mobilenet_rcnn, s2m_rcnn
+from ros2_ood_seg.prompts.networks.rcnn import SMALL_NETWORKS, MapInput, fuse_norms, s2m_rcnn
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Prompts, ScoreMap
 from ros2_ood_seg.weights.store import WeightFile, find_weights, load_into, load_weights
@@ -150,13 +150,12 @@ def _from_metadata(weights: WeightFile) -> Detector:
         raise WeightsError(
             f"weights file '{weights.path}' is no prompt generator: it is neither a detectron2 Faster R-CNN nor does it say its map_input"
         ) from error
-    if name == "compact":
-        return Detector(compact_rcnn(map_input), map_input, width)
-    if name == "mobilenet_v3":
-        return Detector(mobilenet_rcnn(map_input), map_input, width)
+    if name in SMALL_NETWORKS:
+        return Detector(SMALL_NETWORKS[name](map_input), map_input, width)
     if name == "s2m":
         return Detector(s2m_rcnn(map_input, num_classes=1), map_input, width)
-    raise WeightsError(f"weights file '{weights.path}' is of the prompt generator '{name}': expected 's2m', 'compact' or 'mobilenet_v3'")
+    known = ", ".join(("s2m", *SMALL_NETWORKS))
+    raise WeightsError(f"weights file '{weights.path}' is of the prompt generator '{name}', known are {known}")
 
 
 def build(config: BoxPromptsConfig, runtime: Runtime) -> RcnnBoxes:

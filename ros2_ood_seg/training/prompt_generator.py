@@ -22,7 +22,7 @@ from torchvision.ops import box_iou
 
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.prompts.networks.detectron2 import convert_detectron2_state, is_detectron2_state
-from ros2_ood_seg.prompts.networks.rcnn import InputMode, MapInput, compact_rcnn, mobilenet_rcnn, s2m_rcnn
+from ros2_ood_seg.prompts.networks.rcnn import SMALL_NETWORKS, InputMode, MapInput, s2m_rcnn
 from ros2_ood_seg.training.loop import TrainingLoop
 from ros2_ood_seg.training.processes import Processes
 from ros2_ood_seg.training.score_maps import LabelledMap, ScoreMaps
@@ -33,7 +33,6 @@ SIZE_BINS_PX = (0.0, 16.0, 32.0, 96.0, float("inf"))
 """Bounds of the square root of a box's area by which recall is reported, px of the map."""
 _MAY_CHANGE = ("iterations", "steps", "checkpoint_every", "workers", "amp")
 _LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
-_SMALL = {"compact": compact_rcnn, "mobilenet_v3": mobilenet_rcnn}
 _RECALLS = ("recall", *(f"recall_from_{low:g}px" for low in SIZE_BINS_PX[:-1]))
 
 
@@ -102,8 +101,8 @@ class PromptTraining:
     held_out: int = 100
 
     def __post_init__(self) -> None:
-        if self.network not in ("s2m", *_SMALL):
-            raise InputError(f"network is '{self.network}': use 's2m', 'compact' or 'mobilenet_v3'")
+        if self.network not in ("s2m", *SMALL_NETWORKS):
+            raise InputError(f"network is '{self.network}': use one of s2m, {', '.join(SMALL_NETWORKS)}")
         for name in ("iterations", "batch_size", "checkpoint_every", "shortest_px", "longest_px"):
             if getattr(self, name) < 1:
                 raise InputError(f"'{name}' is {getattr(self, name)}, allowed: 1 or more")
@@ -152,11 +151,11 @@ def build_network(recipe: PromptTraining, *, pretrained: bool = False) -> tuple[
         recipe: Network and input mode.
         pretrained: Whether its backbone will be given weights: then the batch norms stay frozen, and stem and first stage too.
     """
-    if recipe.network in _SMALL:
+    if recipe.network in SMALL_NETWORKS:
         if recipe.input_mode == "raw":
             raise InputError(f"the {recipe.network} prompt generator takes calibrated scores: set input_mode to 'calibrated'")
         map_input = MapInput.calibrated()
-        return _SMALL[recipe.network](map_input), map_input
+        return SMALL_NETWORKS[recipe.network](map_input), map_input
     map_input = MapInput.published() if recipe.input_mode == "raw" else MapInput.calibrated(3)
     network = s2m_rcnn(map_input, num_classes=1, frozen_norm=pretrained)
     if pretrained:

@@ -251,6 +251,10 @@ def _small(backbone: nn.Module, map_input: MapInput, *, channels: int, hidden: i
     )
 
 
+SMALL_NETWORKS = {"compact": compact_rcnn, "mobilenet_v3": mobilenet_rcnn}
+"""The networks for small computers by the name that recipes and weights files have for them."""
+
+
 def fuse_norms(network: nn.Module) -> None:
     """Folds the small networks' batch norms into their convolutions, in place: the same function in evaluation mode, but faster."""
     network.eval()

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-MAX_SHAPES = 4
-"""Input shapes that stay compiled; one more costs a third of a second, and the one unused for longest goes."""
+MAX_SHAPES = 8
+"""Input shapes that stay compiled: the compact scorer's four looks at pictures of two shapes. One more costs a third of a second, and the
+one unused for longest goes."""
 
 
 def openvino_installed() -> bool:

@@ -97,7 +97,8 @@ class CsvLog:
             axis.set_xlabel("iteration")
             axis.grid(alpha=0.3)
             if axis.lines:
-                axis.legend()
+                # Above the panel, where it hides no curve.
+                axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize="small")
         axes[0].set_yscale("log")
         figure.savefig(path, dpi=110)
 

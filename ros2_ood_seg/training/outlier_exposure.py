@@ -33,7 +33,6 @@ from ros2_ood_seg.training.road_images import (
 
 __all__ = [
     "IGNORE",
-    "PASTE_CHANCES",
     "Cutout",
     "OutlierExposure",
     "PasteSettings",
@@ -54,22 +53,6 @@ __all__ = [
     "read_road_folder",
     "tight_boxes_xyxy",
 ]
-
-
-PASTE_CHANCES = (
-    "procedural",
-    "perspective",
-    "on_road",
-    "harmonise",
-    "blur",
-    "feather",
-    "shadow",
-    "native",
-    "detail",
-    "illumination",
-    "mirror",
-)
-"""Fields of :class:`PasteSettings` that are chances."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +127,10 @@ class PasteSettings:
         )
 
     def __post_init__(self) -> None:
-        for name in PASTE_CHANCES:
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise InputError(f"paste setting '{name}' is {getattr(self, name)}, allowed: a number from 0 to 1")
+        for name, value in vars(self).items():
+            # Whatever is a single number is a chance.
+            if isinstance(value, (int, float)) and not 0.0 <= value <= 1.0:
+                raise InputError(f"paste setting '{name}' is {value}, allowed: a number from 0 to 1")
         for name in ("frame_width_px", "objects_per_image", "known_per_image", "object_px"):
             low, high = getattr(self, name)
             if low < 0 or high < low:
@@ -280,6 +264,7 @@ class _Canvas:
         if not native:
             image, semantic = _resize(image, (out_h, out_w)), _resize_labels(semantic, (out_h, out_w))
             horizon_y *= enlarge
+            # Without the setting nothing is drawn: recipes from before it give the same samples.
             if settings.detail and enlarge > 1.0 and rng.random() < settings.detail:
                 image = _detailed(image, enlarge, rng)
         return cls(image, semantic, settings, h / out_h if native else 1.0, horizon_y)

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import cv2
 import numpy as np
@@ -23,6 +23,7 @@ from ros2_ood_seg.training.processes import joined_processes, own_device
 from ros2_ood_seg.training.prompt_generator import PRESETS, PreparedTraining, PromptTraining, contact_sheet
 from ros2_ood_seg.training.score_maps import ScoreMaps, check_recipe, score_sample, write_score_maps
 from ros2_ood_seg.training.scorer import ScorerData
+from ros2_ood_seg.training.setting_flags import add_paste_settings, add_setting, changed_paste
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ class MapRecipe:
                 raise InputError(f"'{name}' is {getattr(self, name)}, allowed: a number from 0 to 1")
 
 
-_ANY_NUMBER = ("steps", "paste_object_scales", "paste_known_classes")
 # What was fixed before it became a setting, for folders of maps made then.
 _DEFAULTS = {"paste": asdict(PasteSettings())}
 
@@ -116,11 +116,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--objects", type=Path, nargs="*", default=[], metavar="DIR", help="objects: folders with images/ and masks/")
     for name, kind in (("count", int), ("width", int), ("negatives", float), ("unseen", float)):
         parser.add_argument(f"--map-{name}", type=kind, help=f"score maps: {name} (s2m: {getattr(MAP_PRESETS['s2m'], name)})")
-    for field in fields(PasteSettings):
-        _add_setting(parser, f"paste_{field.name}", getattr(MAP_PRESETS["s2m"].paste, field.name))
+    add_paste_settings(parser, MAP_PRESETS["s2m"].paste, "pasting (s2m: %s)")
     for field in fields(PromptTraining):
         if field.name != "network":
-            _add_setting(parser, field.name, getattr(PRESETS["s2m"], field.name))
+            add_setting(parser, field.name, getattr(PRESETS["s2m"], field.name), "recipe (s2m: %s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 leaves torch's choice")
     parser.set_defaults(run=run)
@@ -195,9 +194,7 @@ def recipes(args: argparse.Namespace) -> tuple[PromptTraining, MapRecipe]:
     map_changes = {name: getattr(args, f"map_{name}") for name in names if getattr(args, f"map_{name}") is not None}
     recipe = replace(PRESETS[args.preset], **{**changes, **pairs})
     map_recipe = MAP_PRESETS[args.preset]
-    given = {f.name: getattr(args, f"paste_{f.name}") for f in fields(PasteSettings)}
-    paste: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in given.items() if value is not None}
-    map_recipe = replace(map_recipe, paste=replace(map_recipe.paste, **paste), **map_changes)
+    map_recipe = replace(map_recipe, paste=changed_paste(args, map_recipe.paste), **map_changes)
     if recipe.held_out >= map_recipe.count:
         raise InputError(f"--held-out is {recipe.held_out}, allowed: fewer than the {map_recipe.count} score maps")
     return recipe, map_recipe
@@ -230,15 +227,3 @@ def exposed_frames(args: argparse.Namespace, map_recipe: MapRecipe, recipe: Prom
 def _without_anomalies(data: OutlierExposure) -> OutlierExposure:
     settings = replace(data.settings, objects_per_image=(0, 0))
     return OutlierExposure(data.roads, data.known, settings, data.seed, data.length, data.chances.tolist())
-
-
-def _add_setting(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
-    flag, text = f"--{name.replace('_', '-')}", f"{'pasting' if name.startswith('paste_') else 'recipe'} (s2m: %s)"
-    if isinstance(default, bool):
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text % default)
-    elif isinstance(default, tuple):
-        number = "*" if name in _ANY_NUMBER else 2
-        parser.add_argument(flag, type=type(default[0]), nargs=number, help=text % " ".join(map(str, default)))
-    else:
-        choices = ("raw", "calibrated") if name == "input_mode" else None
-        parser.add_argument(flag, type=type(default), choices=choices, help=text % default)

@@ -19,11 +19,12 @@ from ros2_ood_seg.scorers import SCORERS
 from ros2_ood_seg.scorers.base import CalibratedScorer
 from ros2_ood_seg.scorers.calibration import write_calibration
 from ros2_ood_seg.scorers.compact import from_weights
-from ros2_ood_seg.scorers.networks.compact import ENCODERS, MOBILENET_V2, STRIDE, CompactNet
+from ros2_ood_seg.scorers.networks.compact import ENCODERS, STRIDE, CompactNet
 from ros2_ood_seg.training.calibrate import calibrate, calibrate_compact
-from ros2_ood_seg.training.outlier_exposure import PASTE_CHANCES, OutlierExposure, PasteSettings, contact_sheet, read_rgb
+from ros2_ood_seg.training.outlier_exposure import OutlierExposure, PasteSettings, contact_sheet, read_rgb
 from ros2_ood_seg.training.published import METHODS, PublishedTraining, train_published
 from ros2_ood_seg.training.scorer import ScorerData, ScorerTraining, train_scorer
+from ros2_ood_seg.training.setting_flags import add_paste_settings, changed_paste
 from ros2_ood_seg.types import Calibration
 from ros2_ood_seg.weights.store import load_into, load_weights, save_weights
 
@@ -62,10 +63,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--preview", action="store_true", help="only write preview.png with training samples")
     parser.add_argument("--published-pasting", action="store_true", help="all objects of a picture pasted as one, 700x700 crops, as S2M")
     parser.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="size of the training crops; multiples of 32 for compact")
-    for name in PASTE_CHANCES:
-        parser.add_argument(
-            f"--paste-{name.replace('_', '-')}", type=float, metavar="CHANCE", help=f"pasting ({getattr(PasteSettings(), name)})"
-        )
+    add_paste_settings(parser, PasteSettings(), "pasting (%s)", but=("crop_hw",))
     compact, common = ScorerTraining(), "(default: the method's, see docs/training.md)"
     for name in _COMMON:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(getattr(compact, name)), help=common)
@@ -148,9 +146,10 @@ def average_with_start(trained: Path, start: Path, share: float) -> Path:
     Raises:
         WeightsError: ``start`` is no scorer of this network.
     """
-    after, before = load_weights(trained), load_weights(start)
-    earlier = before.state
-    load_into(CompactNet.of(after), before, f"compact scorer on {after.metadata.get('encoder', MOBILENET_V2)}")
+    after = load_weights(trained)
+    before = CompactNet.of(after)
+    load_into(before, load_weights(start), f"compact scorer on {before.encoder}")
+    earlier = before.state_dict()
     mixed = {
         name: torch.lerp(value.float(), earlier[name].float(), share) if value.is_floating_point() else value
         for name, value in after.state.items()
@@ -186,8 +185,7 @@ def _recipe(args: argparse.Namespace) -> ScorerTraining | PublishedTraining:
             allowed = f"positive multiples of {STRIDE}" if step > 1 else f"{STRIDE} or more"
             raise InputError(f"--crop is {args.crop[0]} {args.crop[1]}, allowed: {allowed}")
         paste = replace(paste, crop_hw=tuple(args.crop))
-    chances = {name: getattr(args, f"paste_{name}") for name in PASTE_CHANCES}
-    paste = replace(paste, **{name: chance for name, chance in chances.items() if chance is not None})
+    paste = changed_paste(args, paste)
     given = {name: getattr(args, name) for name in (*_COMMON, *_OF_COMPACT, *_OF_PUBLISHED) if getattr(args, name) is not None}
     return replace(recipe, **given, bfloat16=args.bfloat16, paste=paste)
 

@@ -1,0 +1,51 @@
+"""Fields of recipes as command-line flags, which the trainings share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from dataclasses import fields, replace
+from typing import Any
+
+from ros2_ood_seg.training.outlier_exposure import PasteSettings
+
+_ANY_NUMBER = ("steps", "paste_object_scales", "paste_known_classes")
+
+
+def add_setting(parser: argparse.ArgumentParser, name: str, default: Any, text: str) -> None:
+    """Adds ``--name`` with the type of ``default``; None where it is not given.
+
+    Args:
+        parser: Of the command.
+        name: Of the field, with underscores.
+        default: A bool, number, text or tuple of numbers.
+        text: Help, with ``%s`` for the default.
+    """
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(default, bool):
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text % default)
+    elif isinstance(default, tuple):
+        number = "*" if name in _ANY_NUMBER else 2
+        kind = type(default[0]) if default else float
+        parser.add_argument(flag, type=kind, nargs=number, help=text % (" ".join(map(str, default)) or "none"))
+    else:
+        choices = ("raw", "calibrated") if name == "input_mode" else None
+        parser.add_argument(flag, type=type(default), choices=choices, help=text % default)
+
+
+def add_paste_settings(parser: argparse.ArgumentParser, defaults: PasteSettings, text: str, but: Collection[str] = ()) -> None:
+    """Adds ``--paste-…`` for the fields of :class:`PasteSettings`, ``but`` those that have a flag of another name."""
+    for field in fields(PasteSettings):
+        if field.name not in but:
+            add_setting(parser, f"paste_{field.name}", getattr(defaults, field.name), text)
+
+
+def changed_paste(args: argparse.Namespace, paste: PasteSettings) -> PasteSettings:
+    """The settings with what the command line changes.
+
+    Raises:
+        InputError: A value that the settings do not allow.
+    """
+    given = {field.name: getattr(args, f"paste_{field.name}", None) for field in fields(PasteSettings)}
+    changes: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in given.items() if value is not None}
+    return replace(paste, **changes)

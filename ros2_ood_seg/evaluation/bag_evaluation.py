@@ -1,17 +1,14 @@
-"""Recorded drives, measured one after the other: frames, results bag, clips, report."""
+"""Recorded drives, measured one after the other or by several processes: frames, results bag, clips, report."""
 
 from __future__ import annotations
 
 import json
-import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ros2_ood_seg.config import PipelineConfig
@@ -19,15 +16,13 @@ from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.bags import BagReader
 from ros2_ood_seg.evaluation.clips import ClipFolder, Drive
 from ros2_ood_seg.evaluation.counts import counts_path
-from ros2_ood_seg.evaluation.datasets import COMPONENT_RULE, labelled_image
+from ros2_ood_seg.evaluation.datasets import COMPONENT_RULE, labelled_image, read_map
 from ros2_ood_seg.evaluation.drive_page import drive_html, unmeasured_report
 from ros2_ood_seg.evaluation.evaluate import Evaluation, Options
-from ros2_ood_seg.evaluation.events import EventRule, TrackLog
+from ros2_ood_seg.evaluation.events import EventRule, Track, TrackLog
 from ros2_ood_seg.evaluation.replayed import Recording, iter_answers, node_figures
 from ros2_ood_seg.evaluation.results_bag import Answer, ResultsBag, result_messages
 from ros2_ood_seg.pipeline import Pipeline
-
-External = Callable[[str], "NDArray[np.float32] | None"]
 
 
 @dataclass
@@ -51,6 +46,7 @@ class BagRun:
         node: Figures of the running node, realtime only.
         clips: Entries of the clips' index.
         timings_ms: Stages of all frames.
+        measured: Names under which the labelled frames were measured.
     """
 
     name: str
@@ -69,6 +65,7 @@ class BagRun:
     node: dict[str, Any] | None = None
     clips: list[dict[str, Any]] = field(default_factory=list)
     timings_ms: dict[str, array[float]] = field(default_factory=dict)
+    measured: list[str] = field(default_factory=list)
 
     def reject(self, reason: str) -> None:
         """Counts a frame that cannot be used."""
@@ -93,6 +90,33 @@ class BagRun:
             "tracks": len(self.log.tracks),
             **{name: getattr(self, name) for name in names},
         }
+
+    def to_plain(self) -> dict[str, Any]:
+        """Everything as plain data, for :meth:`from_plain`."""
+        return {
+            **{item.name: getattr(self, item.name) for item in fields(self)},
+            "path": str(self.path),
+            "results": str(self.results),
+            "log": [asdict(track) for track in self.log.tracks.values()],
+            "timings_ms": {stage: list(values) for stage, values in self.timings_ms.items()},
+        }
+
+    @classmethod
+    def from_plain(cls, data: dict[str, Any]) -> BagRun:
+        """The recording that :meth:`to_plain` was asked for."""
+        log = TrackLog()
+        for track in data["log"]:
+            log.tracks[track["track_id"]] = Track(**{**track, "best_box_xyxy": tuple(track["best_box_xyxy"])})
+        return cls(
+            **{
+                **data,
+                "path": Path(data["path"]),
+                "results": Path(data["results"]),
+                "label_topics": tuple(data["label_topics"]),
+                "log": log,
+                "timings_ms": {stage: array("d", values) for stage, values in data["timings_ms"].items()},
+            }
+        )
 
 
 def find_bags(paths: Sequence[Path], output: Path, image_topic: str | None, label_topics: Sequence[str]) -> list[BagRun]:
@@ -124,53 +148,124 @@ def find_bags(paths: Sequence[Path], output: Path, image_topic: str | None, labe
     return runs
 
 
-class BagEvaluation:
-    """Evaluates recordings one after the other.
+@dataclass(frozen=True)
+class BagJob:
+    """The evaluation of recordings as one value, which other processes can take a part of.
 
     Args:
         config: What is evaluated.
         output: Report; results bags, curves and page lie beside it.
         options: How frames are measured.
+        runs: All recordings, as :func:`find_bags` found them.
+        external: Folder of score maps ``<stamp in ns>.npy`` for the scorer ``external``, or None.
+        most: Stop after so many frames of a recording, 0 for all.
         clips: Folder of event clips, None for none.
         rule: Which tracks are events.
         all_topics: Clips hold every topic.
         pictures: Results bags hold source frames and overlays.
-
-    Raises:
-        InputError: The profile cannot run, or clips are wanted without tracks.
+        replayed: How the recordings are replayed through the node, as text; empty when they are not.
     """
 
-    def __init__(
-        self,
-        config: PipelineConfig,
-        output: Path,
-        options: Options,
-        *,
-        clips: Path | None = None,
-        rule: EventRule | None = None,
-        all_topics: bool = False,
-        pictures: bool = True,
-    ) -> None:
-        if clips is not None and not config.tracking.enabled:
+    config: PipelineConfig
+    output: Path
+    options: Options
+    runs: tuple[BagRun, ...]
+    external: Path | None = None
+    most: int = 0
+    clips: Path | None = None
+    rule: EventRule = field(default_factory=EventRule)
+    all_topics: bool = False
+    pictures: bool = True
+    replayed: str = ""
+
+    @property
+    def work(self) -> Path:
+        """Folder of what is finished."""
+        return self.output.with_suffix(".parts")
+
+    def frames(self, run: BagRun) -> int:
+        """How many frames of a recording are wanted, at most."""
+        return min(self.most, run.recorded) if self.most else run.recorded
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What finished recordings depend on beside the pipeline's settings, code and weights; plain data."""
+        how = (self.external, self.most, self.clips, self.all_topics, self.pictures, self.replayed)
+        return {
+            "recordings": [[run.name, run.topic, *run.label_topics, *_file_stamps(run.path)] for run in self.runs],
+            "how": [str(value) for value in how],
+            "rule": vars(self.rule),
+        }
+
+    def pixels(self) -> int:
+        """Of all frames together when all are as large as the first; 0 when nothing is labelled or readable."""
+        first = next((run for run in self.runs if run.label_topics), None)
+        if first is None:
+            return 0
+        try:
+            with BagReader(first.path) as bag:
+                pixels: int = next(bag.iter_images(first.topic)).rgb()[..., 0].size
+        except (InputError, StopIteration):
+            return 0
+        return sum(map(self.frames, self.runs)) * pixels
+
+    def worker(self) -> Callable[[Sequence[BagRun]], int]:
+        """What a process needs that takes some of the recordings: it evaluates them and returns their number of frames.
+
+        Raises:
+            InputError: Another process has not opened this job, or settings, weights or folders cannot be used.
+        """
+        evaluation = BagEvaluation(self, join=True)
+
+        def run_part(runs: Sequence[BagRun]) -> int:
+            for run in runs:
+                if evaluation.finished(run) is None:
+                    evaluation.add(run, evaluation.offline(run))
+            return sum(map(self.frames, runs))
+
+        return run_part
+
+
+class BagEvaluation:
+    """Evaluates recordings; what an interrupted run of the same job has finished is not done again.
+
+    Args:
+        job: What and how.
+        join: Another process has opened the job, and makes the report.
+
+    Raises:
+        InputError: The profile cannot run, a folder cannot be used, or clips are wanted without tracks.
+    """
+
+    def __init__(self, job: BagJob, join: bool = False) -> None:
+        if job.clips is not None and not job.config.tracking.enabled:
             raise InputError("clips begin where a track begins: they need tracking.enabled=true")
-        self.output = output
-        self.pipeline = Pipeline.from_config(config)
-        self._options = options
-        self._clips = None if clips is None else ClipFolder(clips)
-        self._rule = rule or EventRule()
-        self._all_topics = all_topics
-        self._pictures = pictures
-        self._evaluation: Evaluation | None = None
+        self.job = job
+        self.pipeline = Pipeline.from_config(job.config)
+        self._evaluation = Evaluation(self.pipeline, job.work, job.options, job.fingerprint(), job.pixels(), join)
+        self._clips = None
+        if job.clips is not None:
+            self._clips = ClipFolder(job.clips, join=True)
+            if not join:
+                done = [self.finished(run) for run in job.runs]
+                self._clips = ClipFolder(job.clips, [clip for run in done if run is not None for clip in run.clips])
         self._warm = False
         # On a CPU the work beside the pipeline would slow it down and so spoil its times.
         self._overlap = self.pipeline.runtime.device.type != "cpu"
 
-    def offline(self, run: BagRun, external: External = lambda _: None) -> Iterator[Answer]:
+    def finished(self, run: BagRun) -> BagRun | None:
+        """What became of a recording; None when it is not finished or something of it is missing."""
+        data = self._evaluation.store.group(run.name)
+        done = None if data is None else BagRun.from_plain(data)
+        if done is None or not done.results.is_file():
+            return None
+        clips_there = self._clips is None or all(map(self._clips.has, done.clips))
+        return done if clips_there and all(map(self._evaluation.has, done.measured)) else None
+
+    def offline(self, run: BagRun) -> Iterator[Answer]:
         """Every frame of a recording, as the pipeline answers it; frames that cannot be used are counted.
 
         Args:
             run: The recording.
-            external: Score map by frame name, for the scorer ``external``.
 
         Raises:
             InputError: The recording is damaged.
@@ -178,7 +273,8 @@ class BagEvaluation:
         self.pipeline.reset()
         with BagReader(run.path) as bag:
             for image, labels in bag.iter_frames(run.topic, *run.label_topics):
-                score_map = external(str(image.stamp_ns))
+                external = self.job.external
+                score_map = None if external is None else read_map(external / f"{image.stamp_ns}.npy")
                 try:
                     rgb = image.rgb()
                     if not self._warm:
@@ -207,7 +303,7 @@ class BagEvaluation:
         with BagReader(run.path) as bag:
             yield from iter_answers(bag, run.topic, run.label_topics, recording, self.pipeline)
 
-    def add(self, run: BagRun, answers: Iterator[Answer], most: int = 0, several: bool = False) -> None:
+    def add(self, run: BagRun, answers: Iterator[Answer]) -> None:
         """Takes a recording: measures its frames, and writes its results bag and clips.
 
         When the recording breaks off, all that came before is used, and ``run.problem`` says why.
@@ -215,39 +311,35 @@ class BagEvaluation:
         Args:
             run: The recording.
             answers: See :meth:`offline` and :meth:`replayed`.
-            most: Stop after so many frames, 0 for all.
-            several: There are other recordings: frame names begin with the recording's.
 
         Raises:
             InputError: Labels that cannot be used, or a file that cannot be written.
         """
-        total = min(most, run.recorded) if most else run.recorded
+        job = self.job
         with (
-            ResultsBag(run.results, self._pictures, self._overlap) as results,
-            tqdm(total=total, desc=f"{self.pipeline.config.profile} on {run.name}", unit="frame") as bar,
+            ResultsBag(run.results, job.pictures, self._overlap) as results,
+            tqdm(total=job.frames(run), desc=f"{self.pipeline.config.profile} on {run.name}", unit="frame") as bar,
         ):
             for answer in _until_broken(answers, run):
-                self._measure(run, answer, several)
+                self._measure(run, answer)
                 run.count(answer)
                 results.add(answer)
                 bar.update()
-                if run.frames == most:
+                if run.frames == job.most:
                     break
+        self._evaluation.wait()
         if self._clips is not None:
             drive = Drive(run.name, run.path, run.topic, run.label_topics, run.results)
-            run.clips = self._clips.write(drive, run.log.events(self._rule), self._all_topics)
+            run.clips = self._clips.write(drive, run.log.events(job.rule), job.all_topics)
+        self._evaluation.store.save_group(run.name, run.to_plain())
 
-    def _measure(self, run: BagRun, answer: Answer, several: bool) -> None:
+    def _measure(self, run: BagRun, answer: Answer) -> None:
         if answer.result is None or not answer.labels:
             return
-        name = f"{run.name}_{answer.image.stamp_ns}" if several else str(answer.image.stamp_ns)
+        name = f"{run.name}_{answer.image.stamp_ns}" if len(self.job.runs) > 1 else str(answer.image.stamp_ns)
         frame = labelled_image(name, answer.rgb, *(label.labels() for label in answer.labels))
-        if self._evaluation is None:
-            # Tracks depend on all frames before, so nothing of an earlier run is used again.
-            self._evaluation = Evaluation(
-                self.pipeline, self.output.with_suffix(".parts"), self._options, {"started": time.time()}, run.recorded * frame.label.size
-            )
         self._evaluation.add_result(frame, answer.result)
+        run.measured.append(name)
 
     def report(self, runs: Sequence[BagRun], dataset: str, instance_rule: str = COMPONENT_RULE) -> dict[str, Any]:
         """Writes ``report.json`` and ``report.html``.
@@ -265,28 +357,32 @@ class BagEvaluation:
             reasons = [run.problem for run in runs if run.problem]
             raise InputError(reasons[0] if reasons else f"no frame of '{dataset}' was answered")
         config, device = self.pipeline.config, str(self.pipeline.runtime.device)
-        if self._evaluation is None:
+        measured = [name for run in runs for name in run.measured]
+        if not measured:
             stages: dict[str, list[float]] = {}
             for run in runs:
                 for stage, values in run.timings_ms.items():
                     stages.setdefault(stage, []).extend(values)
             report = unmeasured_report(dataset, config, device, frames, stages)
         else:
+            self._evaluation.order(measured)
             report, counts = self._evaluation.report(dataset, instance_rule)
-            counts.save(counts_path(self.output))
+            counts.save(counts_path(self.job.output))
         if len(runs) == 1 and runs[0].node is not None:
             report["node"] = runs[0].node
         report["drive"] = {
             "frames": frames,
-            "rule": vars(self._rule),
+            "rule": vars(self.job.rule),
             "clips": None if self._clips is None else str(self._clips.folder),
             "bags": [run.summary() for run in runs],
         }
-        self.output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        picture = None if self._evaluation is None else self._evaluation.picture
-        self.output.with_suffix(".html").write_text(drive_html(report, picture), encoding="utf-8")
-        if self._evaluation is not None:
-            self._evaluation.finish()
+        if self._clips is not None:
+            self._clips.save_index([clip for run in runs for clip in run.clips])
+        output = self.job.output
+        output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        page = drive_html(report, self._evaluation.picture if measured else None)
+        output.with_suffix(".html").write_text(page, encoding="utf-8")
+        self._evaluation.finish()
         return report
 
 
@@ -296,3 +392,9 @@ def _until_broken(answers: Iterator[Answer], run: BagRun) -> Iterator[Answer]:
     except InputError as error:
         run.problem = str(error)
         run.broken = True
+
+
+def _file_stamps(path: Path) -> list[str]:
+    """Files of a recording by size and time, to notice a change between two runs."""
+    files = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
+    return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]

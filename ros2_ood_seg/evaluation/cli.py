@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ros2_ood_seg.config import PipelineConfig, load_profile
@@ -17,7 +14,7 @@ from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component, evaluate_bag, pixel
 from ros2_ood_seg.evaluation.compare import comparison
 from ros2_ood_seg.evaluation.counts import counts_path
-from ros2_ood_seg.evaluation.datasets import LAYOUTS, open_dataset, read_map
+from ros2_ood_seg.evaluation.datasets import LAYOUTS, open_dataset
 from ros2_ood_seg.evaluation.evaluate import Evaluation, Options
 from ros2_ood_seg.evaluation.job import Job, run_on_ray
 from ros2_ood_seg.evaluation.report_page import report_html
@@ -40,7 +37,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--fpr-rule", choices=pixel.FPR_RULES, default="ge", help="how fpr95 is read; all rules are in the report")
     parser.add_argument("--track", choices=("auto", *component.TRACKS), default="auto", help="minimum component sizes (SegmentMeIfYouCan)")
     parser.add_argument("--pixel-mode", choices=("auto", "exact", "coarse"), default="auto", help="pool every score, or coarsened ones")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="data sets: spread the images over N processes, with Ray")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="spread images, or recordings, over N processes, with Ray")
     parser.add_argument("--ray", metavar="ADDRESS", help="with --workers: running Ray cluster ('auto' finds it) instead of this machine")
     evaluate_bag.add_arguments(parser)
     parser.set_defaults(run=run_evaluate)
@@ -62,8 +59,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         raise InputError(f"--max-images is {args.max_images}, it must be 1 or more, or 0 for all")
     if args.workers < 0:
         raise InputError(f"--workers is {args.workers}, it must be 1 or more, or 0 for this process")
-    if (args.workers and args.bag) or (args.ray and not args.workers):
-        raise InputError("--workers N goes with --root, the frames of a recording depend on one another; --ray goes with --workers")
+    if args.ray and not args.workers:
+        raise InputError("--ray goes with --workers")
     output = checked_output(args.output)
     # Images are not a sequence; tracks would carry over from one to the next.
     overrides = {"tracking.enabled": bool(args.bag)} | parse_overrides(args.set)
@@ -86,10 +83,6 @@ def _write(evaluation: Evaluation, output: Path, dataset: str, instance_rule: st
     return report
 
 
-def _external(args: argparse.Namespace, name: str) -> NDArray[np.float32] | None:
-    return read_map(args.external / f"{name}.npy") if args.external else None
-
-
 def _evaluate_dataset(args: argparse.Namespace, config: PipelineConfig, output: Path) -> dict[str, Any]:
     dataset = open_dataset(args.dataset, args.root)
     if args.max_images:
@@ -101,7 +94,7 @@ def _evaluate_dataset(args: argparse.Namespace, config: PipelineConfig, output: 
     missing = [source for source in dataset.sources if not evaluation.has(source.name)]
     with tqdm(total=len(dataset), initial=len(dataset) - len(missing), desc=f"{config.profile} on {dataset.name}", unit="image") as bar:
         if args.workers:
-            run_on_ray(job, missing, args.workers, args.ray, bar.update)
+            run_on_ray(job, job.parts(missing), args.workers, args.ray, bar.update)
         else:
             job.run(evaluation, missing, bar.update)
     evaluation.order(source.name for source in dataset.sources)
@@ -111,7 +104,7 @@ def _evaluate_dataset(args: argparse.Namespace, config: PipelineConfig, output: 
 def _evaluate_bag(args: argparse.Namespace, config: PipelineConfig, output: Path) -> dict[str, Any]:
     minimum = component.TRACKS["obstacle" if args.track == "auto" else args.track]
     options = Options(args.fpr_rule, minimum, args.save, args.pixel_mode)
-    return evaluate_bag.evaluate_bags(args, config, output, options, partial(_external, args))
+    return evaluate_bag.evaluate_bags(args, config, output, options)
 
 
 def run_compare(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ros2_ood_seg.evaluation.results_bag import NODE, iter_instances
 from ros2_ood_seg.visualization import draw_overlay, side_by_side
 
 INDEX = "clips.json"
+FILES = ("bag", "picture")
 COLUMNS = 4
 PANEL_WIDTH_PX = 480
 CROP_MARGIN = 3.0
@@ -53,18 +54,21 @@ class ClipFolder:
 
     Args:
         folder: Made when missing.
+        kept: Entries of the index that stay, with their files.
+        join: Another process made the folder and keeps its index: nothing is removed.
 
     Raises:
         InputError: It cannot be made or used.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kept: Sequence[dict[str, Any]] = (), join: bool = False) -> None:
         self.folder = folder
-        self.clips: list[dict[str, Any]] = []
+        if join:
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._remove_old()
-            self._write_index()
+            self._remove_old({str(entry[key]) for entry in kept for key in FILES})
+            self.save_index(kept)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"--clips '{folder}' cannot be used: {error}") from error
 
@@ -79,7 +83,7 @@ class ClipFolder:
             all_topics: Clips hold every topic of the recording whose type is known or defined in it.
 
         Returns:
-            The entries of the index.
+            Entries for :meth:`save_index`.
 
         Raises:
             InputError: A bag cannot be read or written.
@@ -101,19 +105,23 @@ class ClipFolder:
                     "tracks": [track.summary(bag.start_ns) for track in event.tracks],
                 }
                 written.append(entry)
-                self.clips.append(entry)
-                self._write_index()
         return written
 
-    def _write_index(self) -> None:
-        (self.folder / INDEX).write_text(json.dumps(self.clips, indent=1) + "\n", encoding="utf-8")
+    def has(self, entry: dict[str, Any]) -> bool:
+        """Whether the files of a clip are there."""
+        return all((self.folder / entry[key]).is_file() for key in FILES)
 
-    def _remove_old(self) -> None:
+    def save_index(self, clips: Sequence[dict[str, Any]]) -> None:
+        """Writes ``clips.json``."""
+        (self.folder / INDEX).write_text(json.dumps(list(clips), indent=1) + "\n", encoding="utf-8")
+
+    def _remove_old(self, kept: Container[str]) -> None:
         index = self.folder / INDEX
         if index.is_file():
             for entry in json.loads(index.read_text(encoding="utf-8")):
-                for key in ("bag", "picture"):
-                    (self.folder / Path(str(entry[key])).name).unlink(missing_ok=True)
+                for key in FILES:
+                    if entry[key] not in kept:
+                        (self.folder / Path(str(entry[key])).name).unlink(missing_ok=True)
 
 
 def write_bag(path: Path, bag: BagReader, results: BagReader, event: Event, topics: Iterable[str] | None) -> None:

@@ -11,12 +11,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from ros2_ood_seg.config import PipelineConfig
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.evaluation.bag_evaluation import BagEvaluation, BagRun, External, find_bags
+from ros2_ood_seg.evaluation.bag_evaluation import BagEvaluation, BagJob, BagRun, find_bags
 from ros2_ood_seg.evaluation.datasets import COMPONENT_RULE
 from ros2_ood_seg.evaluation.evaluate import Options
 from ros2_ood_seg.evaluation.events import EventRule
+from ros2_ood_seg.evaluation.job import run_on_ray
 from ros2_ood_seg.evaluation.replayed import Recording
 
 
@@ -53,15 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--clip-all-topics", action="store_true", help="clips hold every topic, not only camera, labels and results")
 
 
-def evaluate_bags(args: argparse.Namespace, config: PipelineConfig, output: Path, options: Options, external: External) -> dict[str, Any]:
+def evaluate_bags(args: argparse.Namespace, config: PipelineConfig, output: Path, options: Options) -> dict[str, Any]:
     """Evaluates the recordings of the command line and writes the report.
 
     Args:
-        args: See :func:`add_arguments`, with ``max_images``.
+        args: See :func:`add_arguments`, with ``external``, ``max_images``, ``workers`` and ``ray``.
         config: What is evaluated.
         output: Report.
         options: How frames are measured.
-        external: Score map by frame name.
 
     Raises:
         InputError: An argument or a recording that cannot be used; of a recording that breaks off, the report has what came before.
@@ -71,22 +73,35 @@ def evaluate_bags(args: argparse.Namespace, config: PipelineConfig, output: Path
     labels = [topic for topic in (args.label_topic, args.instance_topic) if topic]
     rule = EventRule(args.clip_before, args.clip_after, args.clip_min_score, args.clip_min_frames)
     replay = None if args.realtime is None else _checked_replay(args, config)
-    runs = find_bags(args.bag, output, args.image_topic, labels)
-    evaluation = BagEvaluation(
-        config, output, options, clips=args.clips, rule=rule, all_topics=args.clip_all_topics, pictures=args.results == "full"
+    job = BagJob(
+        config,
+        output,
+        options,
+        tuple(find_bags(args.bag, output, args.image_topic, labels)),
+        external=args.external,
+        most=args.max_images,
+        clips=args.clips,
+        rule=rule,
+        all_topics=args.clip_all_topics,
+        pictures=args.results == "full",
+        replayed="" if replay is None else f"{args.realtime} {args.stale_after}",
     )
-    done: list[BagRun] = []
-    for run in runs:
-        done.append(run)
+    evaluation = BagEvaluation(job)
+    missing = [run for run in job.runs if evaluation.finished(run) is None]
+    if len(missing) < len(job.runs):
+        print(f"{len(job.runs) - len(missing)} of {len(job.runs)} recordings were finished by an earlier run", file=sys.stderr)
+    if args.workers:
+        with tqdm(total=sum(map(job.frames, missing)), desc=f"{config.profile} on {len(missing)} recordings", unit="frame") as bar:
+            run_on_ray(job, [[run] for run in missing], args.workers, args.ray, bar.update)
+    for run in () if args.workers else missing:
         if replay is None:
-            evaluation.add(run, evaluation.offline(run, external), args.max_images, len(runs) > 1)
+            evaluation.add(run, evaluation.offline(run))
         else:
             folder = output.with_suffix(".replay")
             with replay(run.path, run.topic, config, folder, rate=args.realtime, maps=bool(labels), most=args.max_images) as recording:
-                evaluation.add(run, evaluation.replayed(run, recording, args.stale_after), several=len(runs) > 1)
-        if run.broken:
-            break
-    dataset = runs[0].path.name if len(runs) == 1 else f"{len(runs)} recordings"
+                evaluation.add(run, evaluation.replayed(run, recording, args.stale_after))
+    done = [evaluation.finished(run) or run for run in job.runs]
+    dataset = done[0].path.name if len(done) == 1 else f"{len(done)} recordings"
     report = evaluation.report(done, dataset, f"topic {args.instance_topic}" if args.instance_topic else COMPONENT_RULE)
     _explain(done, bool(labels))
     return report
@@ -113,6 +128,8 @@ def _checked_replay(args: argparse.Namespace, config: PipelineConfig) -> Callabl
     Raises:
         InputError: No ROS, or settings that cannot be replayed.
     """
+    if args.workers:
+        raise InputError("--realtime measures one node on this machine: leave --workers out")
     if not args.realtime > 0.0:
         raise InputError(f"--realtime is {args.realtime:g}, it must be above 0")
     if not args.stale_after > 0.0:

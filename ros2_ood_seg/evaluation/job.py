@@ -1,12 +1,14 @@
-"""The evaluation of a data set as one value, which other processes can take a part of."""
+"""The evaluation of a data set as one value, and how several processes share it or another job."""
 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Protocol
 
 from ros2_ood_seg.config import PipelineConfig
 from ros2_ood_seg.errors import InputError
@@ -69,50 +71,87 @@ class Job:
             done(1)
         evaluation.wait()
 
+    def worker(self) -> Callable[[Sequence[Source]], int]:
+        """See :class:`SharedJob`; a part is a sequence of sources."""
+        evaluation = self.open(join=True)
+
+        def run_part(sources: Sequence[Source]) -> int:
+            self.run(evaluation, [source for source in sources if not evaluation.has(source.name)], lambda count: None)
+            return len(sources)
+
+        return run_part
+
+    @staticmethod
+    def parts(sources: Sequence[Source]) -> list[Sequence[Source]]:
+        """Sources as workers are given them."""
+        return [sources[k : k + PART_FRAMES] for k in range(0, len(sources), PART_FRAMES)]
+
+
+class SharedJob(Protocol):
+    """A job of which other processes can take parts."""
+
+    @property
+    def config(self) -> PipelineConfig:
+        """Of the pipeline."""
+
+    @property
+    def work(self) -> Path:
+        """Folder of what is finished, made by the process that makes the report."""
+
+    def worker(self) -> Callable[[Any], int]:
+        """What a process needs that takes parts: given one, it does what of it is not finished, and returns the part's frames.
+
+        Raises:
+            InputError: The job cannot be joined, or a part cannot be used.
+        """
+
 
 class Worker:
-    """Evaluates parts of a job in a process of its own; finished frames lie in the job's folder.
+    """Does parts of a job in a process of its own; what is finished lies in the job's folder.
 
     Args:
         job: Whose folder and files are visible to this process under the same paths.
+        folder: Current folder, which relative paths begin at.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: SharedJob, folder: Path | None = None) -> None:
+        if folder is not None:
+            os.chdir(folder)
         self._job = job
-        self._evaluation: Evaluation | None = None
+        self._run: Callable[[Any], int] | None = None
 
-    def run(self, sources: Sequence[Source]) -> int:
-        """Evaluates what is not finished of a part, which is everything unless a worker died in the middle of it.
+    def run(self, part: Any) -> int:
+        """Does what is not finished of a part, which is everything unless a worker died in the middle of it.
 
         Returns:
             The number of frames of the part.
 
         Raises:
-            InputError: See :meth:`Job.run`.
+            InputError: See :meth:`SharedJob.worker`.
         """
-        if self._evaluation is None:
-            self._evaluation = self._job.open(join=True)
-        evaluation = self._evaluation
-        self._job.run(evaluation, [source for source in sources if not evaluation.has(source.name)], lambda count: None)
-        return len(sources)
+        if self._run is None:
+            self._run = self._job.worker()
+        return self._run(part)
 
 
-def run_on_ray(job: Job, sources: Sequence[Source], workers: int, address: str | None, done: Callable[[int], object]) -> None:
-    """Evaluates frames in several processes, on this machine or on the machines of a Ray cluster.
+def run_on_ray(job: SharedJob, parts: Sequence[Any], workers: int, address: str | None, done: Callable[[int], object]) -> None:
+    """Does the parts of a job in several processes, on this machine or on the machines of a Ray cluster.
 
-    A worker that dies is started again and its part is given out again; frames that it had finished are not evaluated twice.
+    A worker that dies is started again and its part is given out again; what it had finished is not done twice.
 
     Args:
         job: Opened by the caller, who makes the report.
-        sources: Which frames.
+        parts: As the job's workers take them.
         workers: Processes; on a GPU, each has one.
         address: Of a running cluster; None starts Ray on this machine.
-        done: See :meth:`Job.run`.
+        done: Told the number of frames that were finished since it was last told.
 
     Raises:
-        InputError: Ray is missing or not reachable, a frame cannot be used, or workers keep dying.
+        InputError: Ray is missing or not reachable, a part cannot be used, or workers keep dying.
     """
     ray = _import_ray()
+    if not parts:
+        return
     importlib.import_module("ray.util")
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -120,8 +159,7 @@ def run_on_ray(job: Job, sources: Sequence[Source], workers: int, address: str |
         raise InputError(f"Ray at '{address or 'this machine'}' cannot be reached: {error}") from error
     try:
         actor = ray.remote(num_cpus=1, num_gpus=_gpus(job), max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
-        pool = ray.util.ActorPool([actor.remote(job) for _ in range(workers)])
-        parts = [sources[k : k + PART_FRAMES] for k in range(0, len(sources), PART_FRAMES)]
+        pool = ray.util.ActorPool([actor.remote(job, Path.cwd()) for _ in range(min(workers, len(parts)))])
         for count in pool.map_unordered(lambda worker, part: worker.run.remote(part), parts):
             done(count)
     except ray.exceptions.RayTaskError as error:
@@ -132,7 +170,7 @@ def run_on_ray(job: Job, sources: Sequence[Source], workers: int, address: str |
         ray.shutdown()
 
 
-def _gpus(job: Job) -> int:
+def _gpus(job: SharedJob) -> int:
     return int(Runtime.from_config(job.config.runtime).device.type == "cuda")
 
 

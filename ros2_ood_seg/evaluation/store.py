@@ -18,7 +18,7 @@ from ros2_ood_seg.evaluation.pixel import ScoreCounts
 
 COUNTS = ("score_1", "score_0", "refined_1", "refined_0")
 MAPS = ("refined_map", "label_map")
-KINDS = frozenset(("part", "picture", "tmp", CountsWriter.SUFFIX, *MAPS, *COUNTS, *(f"{key}_counts" for key in COUNTS)))
+KINDS = frozenset(("part", "group", "picture", "tmp", CountsWriter.SUFFIX, *MAPS, *COUNTS, *(f"{key}_counts" for key in COUNTS)))
 
 
 class PartStore:
@@ -112,6 +112,25 @@ class PartStore:
         with temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
         temporary.rename(self._file(figures.name, "part"))
+
+    def save_group(self, name: str, data: Mapping[str, Any]) -> None:
+        """Marks a group of frames, such as a recording, as finished, at once.
+
+        Args:
+            name: Of the group.
+            data: Plain, what has to be known of it beside its frames.
+        """
+        temporary = self._file(name, "tmp")
+        temporary.write_text(json.dumps(data), encoding="utf-8")
+        temporary.rename(self._file(name, "group"))
+
+    def group(self, name: str) -> dict[str, Any] | None:
+        """What :meth:`save_group` was given; None when the group is not finished."""
+        path = self._file(name, "group")
+        if not path.is_file():
+            return None
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return data
 
     def _put(self, name: str, kind: str, array: NDArray[Any]) -> None:
         with self._file(name, kind).open("wb") as file:

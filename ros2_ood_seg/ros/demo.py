@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ros2_ood_seg.config import load_profile
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component
-from ros2_ood_seg.evaluation.bag_evaluation import BagEvaluation, BagRun, find_bags
+from ros2_ood_seg.evaluation.bag_evaluation import BagEvaluation, BagJob, BagRun, find_bags
 from ros2_ood_seg.evaluation.bag_writer import DRIVE_IMAGE, DRIVE_INSTANCE, DRIVE_LABEL, write_drive
 from ros2_ood_seg.evaluation.bags import BagReader
 from ros2_ood_seg.evaluation.datasets import COMPONENT_RULE
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
     (drive,) = find_bags([sample.bag], output, sample.topic, sample.labels)
     drive.results = args.output / "results.mcap"
     # Built before the node: a profile that cannot run is told at once, not from the node's log.
-    evaluation = BagEvaluation(config, output, Options(minimum=component.TRACKS["obstacle"]))
+    evaluation = BagEvaluation(BagJob(config, output, Options(minimum=component.TRACKS["obstacle"]), (drive,)))
     print(f"playing {sample.topic} of {sample.bag} to the node, profile '{args.profile}'", flush=True)
     folder = args.output / "replay"
     with replay(

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +17,18 @@ import numpy as np
 import pytest
 
 from ros2_ood_seg.cli import main
+from ros2_ood_seg.evaluation import evaluate_bag
+from ros2_ood_seg.evaluation.bag_evaluation import BagJob, BagRun
 from ros2_ood_seg.evaluation.bag_messages import instances_from_message, make_header, typestore
 from ros2_ood_seg.evaluation.bag_writer import BagWriter
 from ros2_ood_seg.evaluation.bags import BagReader
+from ros2_ood_seg.evaluation.results_bag import ResultsBag
+from ros2_ood_seg.pipeline import Pipeline
 
 HEIGHT, WIDTH = 64, 96
 START_NS, STEP_NS, LAG_NS = 1_700_000_000_000_000_000, 500_000_000, 20_000_000
-SETTINGS = ("--set", "scorer.name=external", "--set", "runtime.device=cpu", "--set", "prompts.points.count=4")
+CHEAP = ("scorer.name=external", "runtime.device=cpu", "prompts.boxes.method=components", "prompts.points.method=none", "segmenter.name=grabcut")
+SETTINGS = tuple(word for setting in CHEAP for word in ("--set", setting))
 CLIPS = ("--clip-before", "1", "--clip-after", "1", "--clip-min-frames", "2", "--clip-min-score", "0.2")
 
 
@@ -55,6 +66,11 @@ def evaluate(tmp_path: Path, *arguments: Any, code: int = 0) -> dict[str, Any]:
     return json.loads(output.read_text()) if output.exists() else {}
 
 
+def evaluate_drives(root: Path, *arguments: Any, code: int = 0) -> dict[str, Any]:
+    bags = ("--bag", root / "raw", root / "small.mcap")
+    return evaluate(root, *bags, "--label-topic", "/front/label", "--clips", root / "clips", *CLIPS, *arguments, code=code)
+
+
 @pytest.fixture(scope="module")
 def drives(tmp_path_factory) -> Path:
     """A raw sqlite3 recording and a compressed MCAP one, other topics beside the camera, evaluated together."""
@@ -66,8 +82,98 @@ def drives(tmp_path_factory) -> Path:
         bag.write("/speed", info(make_header(stamp(5), "car").stamp, "car"), stamp(5))
     with BagWriter(root / "small.mcap") as bag:
         write_frames(bag, root / "maps", range(3, 8), raw=False)
-    evaluate(root, "--bag", root / "raw", root / "small.mcap", "--label-topic", "/front/label", "--clips", root / "clips", *CLIPS)
+    evaluate_drives(root)
     return root
+
+
+def figures(root: Path) -> dict[str, Any]:
+    """What may not depend on who evaluated the recordings, index of the clips included."""
+    report = json.loads((root / "out/report.json").read_text())
+    report["clips"] = json.loads((root / "clips/clips.json").read_text())
+    return {key: value for key, value in report.items() if key not in ("timings_ms", "outside_ms", "outside_share", "per_image")}
+
+
+@dataclasses.dataclass
+class Counter:
+    """How many frames went through the pipeline, and after how many the user presses Ctrl-C."""
+
+    frames: int = 0
+    most: int | None = None
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    counter, whole = Counter(), Pipeline.run
+
+    def counted(self: Pipeline, *frame: Any) -> Any:
+        if counter.frames == counter.most:
+            raise KeyboardInterrupt
+        counter.frames += 1
+        return whole(self, *frame)
+
+    monkeypatch.setattr(Pipeline, "run", counted)
+    return counter
+
+
+def interrupt(root: Path, counter: Counter) -> None:
+    """Evaluates the eight frames of the first drive and five of the second one."""
+    counter.frames, counter.most = 0, 13
+    evaluate_drives(root, code=130)
+    counter.frames, counter.most = 0, None
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_recording_it_was_at(drives: Path, counter: Counter, capsys: Any) -> None:
+    expected = figures(drives)
+    interrupt(drives, counter)
+    evaluate_drives(drives)
+    assert counter.frames == 8
+    assert "1 of 2 recordings were finished by an earlier run" in capsys.readouterr().err
+    assert figures(drives) == expected
+    assert not (drives / "out/report.parts").exists()
+
+
+@pytest.mark.parametrize("lost", ["out/report.raw.mcap", "clips/raw_0001.jpg"])
+def test_what_an_earlier_run_finished_counts_only_while_all_of_it_is_there(drives: Path, counter: Counter, lost: str) -> None:
+    expected = figures(drives)
+    interrupt(drives, counter)
+    (drives / lost).unlink()
+    evaluate_drives(drives)
+    assert counter.frames == 16
+    assert figures(drives) == expected
+
+
+@dataclasses.dataclass(frozen=True)
+class KilledBagJob(BagJob):
+    """The first process that gets to the fourth frame of a recording is killed, as by a lack of memory."""
+
+    def worker(self) -> Callable[[Sequence[BagRun]], int]:
+        sentinel = self.output.parent / "killed"
+        if not sentinel.exists():
+            numbers, whole = itertools.count(), ResultsBag.add
+
+            def add(bag: ResultsBag, answer: Any) -> None:
+                if next(numbers) == 3:
+                    sentinel.write_text(str(os.getpid()))
+                    os.kill(os.getpid(), signal.SIGKILL)
+                whole(bag, answer)
+
+            ResultsBag.add = add
+        return super().worker()
+
+
+def test_ray_workers_share_the_recordings_and_give_the_same_report_although_one_is_killed(
+    drives: Path, monkeypatch: pytest.MonkeyPatch, counter: Counter
+) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ros2_ood_seg[ray]")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    # Workers start as fresh interpreters.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    monkeypatch.setattr(evaluate_bag, "BagJob", KilledBagJob)
+    expected = figures(drives)
+    evaluate_drives(drives, "--workers", 1)
+    assert (drives / "out/killed").is_file()
+    assert not counter.frames, "this process made the report only"
+    assert figures(drives) == expected
 
 
 def test_every_frame_is_answered_and_those_with_labels_are_measured(drives):
@@ -163,6 +269,17 @@ def test_a_recording_that_breaks_off_leaves_report_results_and_clips(tmp_path, c
     assert (tmp_path / "clips/drive_0001.jpg").is_file()
 
 
+def test_a_recording_that_breaks_off_does_not_keep_the_others_from_being_evaluated(tmp_path, capsys):
+    with BagWriter(tmp_path / "broken") as bag:
+        write_frames(bag, tmp_path / "maps", range(6), range(2))
+        bag.write_raw("/front/image", "sensor_msgs/msg/Image", stamp(2), b"\x00\x01\x00\x00" + bytes(3))
+    with BagWriter(tmp_path / "whole") as bag:
+        write_frames(bag, tmp_path / "maps", range(6), range(4))
+    report = evaluate(tmp_path, "--bag", tmp_path / "broken", tmp_path / "whole", "--image-topic", "/front/image", code=2)
+    assert [b["frames"] for b in report["drive"]["bags"]] == [2, 4]
+    assert "broken' cannot be read" in capsys.readouterr().err
+
+
 def test_frames_that_cannot_be_used_are_counted_and_named(tmp_path, capsys):
     with BagWriter(tmp_path / "drive") as bag:
         write_frames(bag, tmp_path / "maps", range(0), range(2))
@@ -194,6 +311,7 @@ def test_labels_that_match_no_image_are_an_error_after_the_report(tmp_path, caps
         (("--label-topic", "/nothing", "--image-topic", "/front/image"), "has no topic '/nothing'"),
         (("--image-topic", "/front/image", "--realtime", "0"), "--realtime is 0, it must be above 0"),
         (("--image-topic", "/front/image", "--realtime", "--stale-after", "0"), "--stale-after is 0"),
+        (("--image-topic", "/front/image", "--realtime", "--workers", "2"), "--realtime measures one node"),
         (("--image-topic", "/front/image", "--realtime"), "the scorer 'external' would wait"),
         (("--image-topic", "/front/image", "--clips", "{clips}", "--set", "tracking.enabled=false"), "need tracking.enabled=true"),
         (("--image-topic", "/front/image", "--clip-min-score", "2"), "--clip-min-score is 2"),

@@ -124,7 +124,7 @@ def test_ray_gives_the_same_report_although_a_worker_is_killed(job: Job, expecte
     killed = Killed(**vars(job))
     evaluation = killed.open()
     done: list[int] = []
-    run_on_ray(killed, job.dataset.sources, 1, None, done.append)
+    run_on_ray(killed, killed.parts(job.dataset.sources), 1, None, done.append)
     assert (job.work.parent / "killed").is_file()
     assert sum(done) == FRAMES
     assert figures(job, evaluation) == expected

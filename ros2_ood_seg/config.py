@@ -95,6 +95,13 @@ class BoxPromptsConfig(_Settings):
         le=8192,
         description="faster_rcnn, compact_rcnn: score maps are resized to this width (px), 0 for what the weights were trained on",
     )
+    zoom: float = Field(
+        0.33,
+        ge=0.0,
+        le=1.0,
+        description="compact_rcnn: where the scorer says where the road ends, look again at a window there of this share of the width, "
+        "for small and far objects; where that would enlarge the map, at more of it; 0 for no such look",
+    )
     tiles: int = Field(
         1, ge=1, le=4, description="faster_rcnn, compact_rcnn: look again at N x N overlapping tiles, enlarged, for small and far objects"
     )

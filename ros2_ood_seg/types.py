@@ -130,6 +130,8 @@ class ScoreMap:
         calibration: Maps ``scores`` to [0, 1].
         classes: (H, W) uint8 in-distribution class per pixel, or what computes them, or None when the scorer has no classes.
         class_names: Names of the classes.
+        road_end: Where the road ends and objects are small because they are far: x, y as shares of width and height; None when the
+            scorer does not say.
     """
 
     scores: Tensor
@@ -137,6 +139,7 @@ class ScoreMap:
     calibration: Calibration
     classes: Tensor | Callable[[], Tensor] | None = None
     class_names: tuple[str, ...] = ()
+    road_end: tuple[float, float] | None = None
 
     @cached_property
     def semantic(self) -> Tensor | None:

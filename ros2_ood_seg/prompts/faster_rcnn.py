@@ -18,11 +18,14 @@ from ros2_ood_seg.prompts.networks.rcnn import SMALL_NETWORKS, MapInput, fuse_no
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Prompts, ScoreMap
 from ros2_ood_seg.weights.store import WeightFile, find_weights, load_into, load_weights
+from ros2_ood_seg.zoom import MORE_DETAIL, window_at
 
 S2M_WEIGHTS = "s2m_prompt_generator"
 COMPACT_WEIGHTS = "compact_prompt_generator"
 TILE_OVERLAP = 0.25
 """Neighbouring tiles share this fraction of a tile."""
+ZOOM_LARGEST = 0.03
+"""The closer look at the end of the road finds objects up to this side, as a share of the map's width; the whole map shows larger ones."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Detector:
 
 
 class RcnnBoxes:
-    """Runs the detector on the score map, optionally once more on enlarged tiles for small and far objects.
+    """Runs the detector on the score map, and once more where the road ends or on enlarged tiles, for small and far objects.
 
     Args:
         detector: Network and its input.
@@ -72,11 +75,13 @@ class RcnnBoxes:
         if ignore is not None:
             zero = 0.0 if self._mode == "calibrated" else score_map.calibration.to_raw(0.0)
             scores = scores.masked_fill(ignore, zero)
-        boxes, confidence = self._detect(scores)
+        found = [self._detect(scores)]
         if self._config.tiles > 1:
-            found = [self._detect_tile(scores, tile) for tile in _tiles(score_map.shape_hw, self._config.tiles)]
-            boxes = torch.cat([boxes, *(b for b, _ in found)])
-            confidence = torch.cat([confidence, *(c for _, c in found)])
+            found += [self._detect_tile(scores, tile) for tile in _tiles(score_map.shape_hw, self._config.tiles)]
+        if (window := self._zoom_window(score_map)) is not None:
+            found.append(_small(*self._detect_tile(scores, window), ZOOM_LARGEST * scores.shape[1]))
+        boxes, confidence = torch.cat([b for b, _ in found]), torch.cat([c for _, c in found])
+        if len(found) > 1:
             kept = nms(boxes, confidence, self._nms_iou)[: self._config.max_boxes]
             boxes, confidence = boxes[kept], confidence[kept]
         if ignore is not None:
@@ -96,6 +101,14 @@ class RcnnBoxes:
             found = self._network([resized])[0]
         scale_xy = scores.new_tensor([width / resized.shape[2], height / resized.shape[1]]).repeat(2)
         return found["boxes"].float() * scale_xy, found["scores"].float()
+
+    def _zoom_window(self, score_map: ScoreMap) -> tuple[int, int, int, int] | None:
+        """Where a closer look shows more than the whole map does, ``xyxy`` px."""
+        height, width = score_map.shape_hw
+        seen = self._input_width
+        if score_map.road_end is None or not self._config.zoom or not seen or width < MORE_DETAIL * seen:
+            return None
+        return window_at(score_map.road_end, max(self._config.zoom, seen / width), (height, width))
 
     def _detect_tile(self, scores: Tensor, tile: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
         """As :meth:`_detect` for a part of the map, without the boxes that its inner borders cut."""
@@ -171,6 +184,12 @@ def build_compact(config: BoxPromptsConfig, runtime: Runtime) -> RcnnBoxes:
 def _build(config: BoxPromptsConfig, runtime: Runtime, default: str) -> RcnnBoxes:
     weights = load_weights(find_weights(config.weights or default, runtime.weights_dir))
     return RcnnBoxes(load_detector(weights), config, runtime)
+
+
+def _small(boxes: Tensor, confidence: Tensor, largest_px: float) -> tuple[Tensor, Tensor]:
+    """The boxes whose area is below that of a square of this side."""
+    kept = (boxes[:, 2:] - boxes[:, :2]).prod(1) < largest_px**2
+    return boxes[kept], confidence[kept]
 
 
 def _tiles(shape_hw: tuple[int, int], count: int) -> Iterator[tuple[int, int, int, int]]:

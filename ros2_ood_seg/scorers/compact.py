@@ -16,13 +16,12 @@ from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import functions
 from ros2_ood_seg.scorers.calibration import calibration_path, read_calibration
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, STRIDE, CompactNet, CompactOutput, MergedHeads
-from ros2_ood_seg.scorers.zoom import raise_to, road_end, window_at
 from ros2_ood_seg.types import Calibration, ScoreMap
 from ros2_ood_seg.weights.store import WeightFile, find_weights, load_weights
+from ros2_ood_seg.zoom import MORE_DETAIL, raise_to, road_end, window_at
 
 SCORES = ("outlier", "msp", "entropy", "energy", "max_logit")
 """Score functions that this network has outputs for."""
-_MORE_DETAIL = 1.25
 _ROAD = CLASS_NAMES.index("drivable")
 
 
@@ -84,7 +83,8 @@ class CompactScorer:
         shape_hw = (int(image.shape[0]), int(image.shape[1]))
         output = self.logits(image)
         scores = _to_image(self._score_of(output)[:, None], shape_hw)
-        scores = self._with_zoom(image, output, scores)
+        end = road_end((output.class_logits[0].argmax(0) == _ROAD).cpu().numpy())
+        scores = self._with_zoom(image, end, scores)
         if self._config.smoothing_px:
             from torchvision.transforms.functional import gaussian_blur
 
@@ -93,7 +93,7 @@ class CompactScorer:
         scores = scores[0, 0]
         if not torch.isfinite(scores).all():
             raise InputError(f"scorer 'compact' gave {int((~torch.isfinite(scores)).sum())} scores that are not finite: damaged weights?")
-        return ScoreMap(scores, self.name, self._calibration, lambda: _classes(output.class_logits, shape_hw), CLASS_NAMES)
+        return ScoreMap(scores, self.name, self._calibration, lambda: _classes(output.class_logits, shape_hw), CLASS_NAMES, end)
 
     def logits(self, image: Tensor) -> CompactOutput:
         """The network's outputs for one image, averaged over its scales, without zoom.
@@ -115,15 +115,12 @@ class CompactScorer:
     def _score_of(self, output: CompactOutput) -> Tensor:
         return score_of(self._score, output, self._config.temperature)
 
-    def _with_zoom(self, image: Tensor, output: CompactOutput, scores: Tensor) -> Tensor:
+    def _with_zoom(self, image: Tensor, end: tuple[float, float] | None, scores: Tensor) -> Tensor:
         """(1, 1, H, W) scores, raised at the end of the road to what a closer look gives there."""
         config = self._config
         height, width = scores.shape[-2:]
         widest = config.input_width * max(1.0, config.second_scale)
-        if not config.zoom or width < _MORE_DETAIL * widest:
-            return scores
-        end = road_end((output.class_logits[0].argmax(0) == _ROAD).cpu().numpy())
-        if end is None:
+        if end is None or not config.zoom or width < MORE_DETAIL * widest:
             return scores
         x, y, right, bottom = window = window_at(end, config.zoom, (height, width))
         part = image[y:bottom, x:right].permute(2, 0, 1)[None].float()

@@ -155,9 +155,11 @@ def segmenter_variants(args: argparse.Namespace) -> Iterator[Variant]:
 
 
 def scale_variants(args: argparse.Namespace) -> Iterator[Variant]:
-    """A second look at enlarged tiles, for small and far objects."""
-    for tiles in (1, 2, 3):
-        yield Variant("whole map" if tiles == 1 else f"and {tiles}x{tiles} tiles", {"prompts.boxes.tiles": tiles})
+    """A second look, at the end of the road or at enlarged tiles, for small and far objects."""
+    yield Variant("whole map", {"prompts.boxes.zoom": 0.0})
+    yield Variant("and the end of the road", {})
+    for tiles in (2, 3):
+        yield Variant(f"and {tiles}x{tiles} tiles", {"prompts.boxes.zoom": 0.0, "prompts.boxes.tiles": tiles})
 
 
 def confidence_variants(args: argparse.Namespace) -> Iterator[Variant]:

@@ -59,7 +59,7 @@ class CachedScorer:
         self.name = scorer.name
         self._scorer = scorer
         self._folder = folder
-        self._known: dict[str, tuple[str, Calibration, float]] = {}
+        self._known: dict[str, tuple[str, Calibration, tuple[float, float] | None, float]] = {}
         self.last_ms = 0.0
 
     def __call__(self, image: Tensor, external: Tensor | None = None) -> ScoreMap:
@@ -71,9 +71,9 @@ class CachedScorer:
             start = time.perf_counter()
             score_map = self._scorer(image, external)
             np.save(path, score_map.scores.cpu().numpy())
-            self._known[key] = (score_map.scorer, score_map.calibration, (time.perf_counter() - start) * 1e3)
-        name, calibration, self.last_ms = self._known[key]
-        return ScoreMap(torch.from_numpy(np.load(path)).to(image.device), name, calibration)
+            self._known[key] = (score_map.scorer, score_map.calibration, score_map.road_end, (time.perf_counter() - start) * 1e3)
+        name, calibration, road_end, self.last_ms = self._known[key]
+        return ScoreMap(torch.from_numpy(np.load(path)).to(image.device), name, calibration, road_end=road_end)
 
     def clear(self) -> None:
         """Removes the maps."""

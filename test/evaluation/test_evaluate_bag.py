@@ -27,7 +27,13 @@ from ros2_ood_seg.pipeline import Pipeline
 
 HEIGHT, WIDTH = 64, 96
 START_NS, STEP_NS, LAG_NS = 1_700_000_000_000_000_000, 500_000_000, 20_000_000
-CHEAP = ("scorer.name=external", "runtime.device=cpu", "prompts.boxes.method=components", "prompts.points.method=none", "segmenter.name=grabcut")
+CHEAP = (
+    "scorer.name=external",
+    "runtime.device=cpu",
+    "prompts.boxes.method=components",
+    "prompts.points.method=none",
+    "segmenter.name=grabcut",
+)
 SETTINGS = tuple(word for setting in CHEAP for word in ("--set", setting))
 CLIPS = ("--clip-before", "1", "--clip-after", "1", "--clip-min-frames", "2", "--clip-min-score", "0.2")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +115,32 @@ def test_tiles_enlarge_and_drop_what_their_borders_cut() -> None:
     torch.testing.assert_close(boxes, torch.tensor([[200.0, 10.0, 210.0, 16.0]]), atol=1.0, rtol=0)
     across = generate(score_map([(20, 10, 220, 110)])).boxes_xyxy
     assert across.tolist() == [[20, 10, 220, 110]]
+
+
+def at_road_end(boxes: list[tuple[int, int, int, int]]) -> ScoreMap:
+    return dataclasses.replace(score_map(boxes), road_end=(0.5, 0.5))
+
+
+def test_the_end_of_the_road_is_looked_at_in_the_maps_own_pixels() -> None:
+    tiny = (119, 58, 121, 60)
+    generate, detector = generator(input_width=120)
+    assert len(generate(score_map([tiny]))) == 0, "too small in the shrunk map"
+    assert generate(at_road_end([tiny])).boxes_xyxy.tolist() == [[*tiny]]
+    assert [tuple(x.shape[1:]) for x in detector.seen] == [(60, 120), (60, 120), (36, 120)]
+
+
+def test_large_objects_are_found_in_the_whole_map_alone() -> None:
+    generate, detector = generator(input_width=120)
+    boxes = generate(at_road_end([(100, 50, 140, 65)])).boxes_xyxy
+    assert len(detector.seen) == 2
+    torch.testing.assert_close(boxes, generate(score_map([(100, 50, 140, 65)])).boxes_xyxy)
+
+
+@pytest.mark.parametrize("settings", [{"zoom": 0.0}, {"input_width": 200}, {"input_width": 0}])
+def test_no_closer_look_where_it_shows_nothing_more(settings: dict[str, float]) -> None:
+    generate, detector = generator(**{"input_width": 120, **settings})
+    generate(at_road_end([(100, 50, 140, 65)]))
+    assert len(detector.seen) == 1
 
 
 def test_margin_widens_within_the_image() -> None:

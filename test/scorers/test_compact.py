@@ -14,9 +14,9 @@ from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers.compact import SCORES, CompactScorer, build, from_weights, score_of
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, STRIDE, CompactNet
-from ros2_ood_seg.scorers.zoom import raise_to, window_at
 from ros2_ood_seg.types import Calibration
 from ros2_ood_seg.weights.store import WeightFile, save_weights
+from ros2_ood_seg.zoom import raise_to, window_at
 
 CPU = Runtime(torch.device("cpu"))
 

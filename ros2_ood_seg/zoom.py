@@ -1,4 +1,4 @@
-"""Where a camera sees the road end, and what a closer look there adds to a score map."""
+"""Where a camera sees the road end, and a closer look there: of the scorer at the picture, of the prompt generator at the score map."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 WINDOW_HEIGHT = 0.6
 """Height of the window over its width, both as shares of the picture."""
+MORE_DETAIL = 1.25
+"""A closer look is worth it where the picture is this many times as wide as what a network has seen of it."""
 _ABOVE = 0.35
 _LEAST_ROAD = 0.03
 _RAMP = 0.15

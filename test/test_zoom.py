@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ros2_ood_seg.scorers.zoom import WINDOW_HEIGHT, raise_to, road_end, window_at
+from ros2_ood_seg.zoom import WINDOW_HEIGHT, raise_to, road_end, window_at
 
 
 def road(height: int = 80, width: int = 120) -> np.ndarray:

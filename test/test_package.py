@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +99,8 @@ def test_messages_keep_their_fixed_fields() -> None:
 def test_the_settings_document_is_what_the_code_says() -> None:
     document = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert settings_markdown(load_profile("compact")) in document, "run: ood-seg settings --markdown, and put it into docs/settings.md"
+
+
+def test_processes_that_the_command_starts_can_import_its_script() -> None:
+    names = runpy.run_path(str(ROOT / "scripts" / "ood-seg"), run_name="__mp_main__")
+    assert callable(names["main"])

@@ -106,6 +106,7 @@ def test_further_looks_are_averaged_in(weights: WeightFile, image: torch.Tensor)
 def test_a_picture_with_more_detail_is_looked_at_twice_where_the_road_ends(weights: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
     image = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (140, 260, 3), dtype=np.uint8))
     monkeypatch.setattr("ros2_ood_seg.scorers.compact.road_end", lambda road: (0.5, 0.4))
+    assert make(weights, zoom=0.0)(image).road_end == (0.5, 0.4), "for the prompt generator, too"
     plain, zoomed = make(weights, zoom=0.0)(image).scores, make(weights, zoom=0.5)(image).scores
     left, top, right, bottom = window_at((0.5, 0.4), 0.5, (140, 260))
     alone = make(weights, input_width=right - left, coarse_scale=1.0, second_scale=1.0, zoom=0.0)(image[top:bottom, left:right]).scores

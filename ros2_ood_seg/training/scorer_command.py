@@ -21,12 +21,13 @@ from ros2_ood_seg.scorers.calibration import write_calibration
 from ros2_ood_seg.scorers.compact import from_weights
 from ros2_ood_seg.scorers.networks.compact import ENCODERS, STRIDE, CompactNet
 from ros2_ood_seg.training.calibrate import calibrate, calibrate_compact
+from ros2_ood_seg.training.keep_start import add_keep_start, average_with_start, check_keep_start
 from ros2_ood_seg.training.outlier_exposure import OutlierExposure, PasteSettings, contact_sheet, read_rgb
 from ros2_ood_seg.training.published import METHODS, PublishedTraining, train_published
 from ros2_ood_seg.training.scorer import ScorerData, ScorerTraining, train_scorer
 from ros2_ood_seg.training.setting_flags import add_paste_settings, changed_paste
 from ros2_ood_seg.types import Calibration
-from ros2_ood_seg.weights.store import load_into, load_weights, save_weights
+from ros2_ood_seg.weights.store import load_weights, save_weights
 
 COMPACT = "compact"
 """The method of the bundled scorer."""
@@ -71,14 +72,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--frozen-blocks", type=int, help=f"compact: feature blocks that stay as they are (default: {compact.frozen_blocks})"
     )
-    parser.add_argument(
-        "--keep-start",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="compact: this share of the finished weights is --init's, an earlier scorer; 0.5 often does better on other cameras than "
-        "either (WiSE-FT, Wortsman et al. 2022)",
-    )
+    add_keep_start(parser, "scorer", "compact: ")
     parser.add_argument("--outlier-share", type=float, help=f"all but compact: share of samples with pasted outliers {common}")
     parser.add_argument("--bfloat16", action="store_true", help="autocast the forward pass; slower on CPUs without AMX")
     parser.add_argument(
@@ -124,7 +118,9 @@ def run(args: argparse.Namespace) -> int:
         trained = train_scorer(data, recipe, args.output, args.init, runtime.device)
         provenance: dict[str, str | float] = {"start": args.init.name if args.init else "random"}
         if args.keep_start:
-            trained = average_with_start(trained, args.init, args.keep_start)
+            network = CompactNet.of(load_weights(trained))
+            family = f"compact scorer on {network.encoder}"
+            trained = average_with_start(trained, load_weights(args.init), args.keep_start, network, family, half=False)
             provenance["keep_start"] = args.keep_start
         released = args.output / "compact_scorer.safetensors"
         release(trained, data, released, provenance, args.calibration_frames)
@@ -132,43 +128,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def average_with_start(trained: Path, start: Path, share: float) -> Path:
-    """Mixes a fine-tuned scorer with what it started from, weight by weight.
-
-    Args:
-        trained: Averaged weights of the training.
-        start: The earlier scorer.
-        share: Of the start, in (0, 1).
-
-    Returns:
-        ``averaged.safetensors`` beside ``trained``, with its metadata.
-
-    Raises:
-        WeightsError: ``start`` is no scorer of this network.
-    """
-    after = load_weights(trained)
-    before = CompactNet.of(after)
-    load_into(before, load_weights(start), f"compact scorer on {before.encoder}")
-    earlier = before.state_dict()
-    mixed = {
-        name: torch.lerp(value.float(), earlier[name].float(), share) if value.is_floating_point() else value
-        for name, value in after.state.items()
-    }
-    path = trained.with_name("averaged.safetensors")
-    save_weights(path, mixed, after.metadata, half=False)
-    return path
-
-
 def _check_keep_start(args: argparse.Namespace) -> None:
-    """Refuses what could only fail after the training."""
-    if not 0.0 <= args.keep_start < 1.0:
-        raise InputError(f"--keep-start is {args.keep_start}, allowed: 0 to below 1")
-    if not args.keep_start:
-        return
-    if args.method != COMPACT:
+    if args.keep_start and args.method != COMPACT:
         raise InputError(f"--keep-start is no setting of method '{args.method}': leave it out")
-    if args.init is None or not any(key.startswith("outlier_head.") for key in load_weights(args.init).state):
-        raise InputError("--keep-start needs an earlier scorer as --init, whose weights it keeps")
+    start = load_weights(args.init) if args.keep_start and args.init else None
+    is_scorer = start is not None and any(key.startswith("outlier_head.") for key in start.state)
+    check_keep_start(args.keep_start, "scorer", start, is_scorer)
 
 
 def _recipe(args: argparse.Namespace) -> ScorerTraining | PublishedTraining:

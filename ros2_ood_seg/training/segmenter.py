@@ -27,6 +27,7 @@ from ros2_ood_seg.segmenters import SEGMENTERS
 from ros2_ood_seg.segmenters.base import PromptableSegmenter
 from ros2_ood_seg.segmenters.compact import CROP_PX, FAMILY, POINT_CROP_PX, from_network
 from ros2_ood_seg.segmenters.networks.compact import CompactNet
+from ros2_ood_seg.training.keep_start import add_keep_start, average_with_start, check_keep_start
 from ros2_ood_seg.training.loop import TrainingLoop
 from ros2_ood_seg.training.segmenter_data import (
     Batch,
@@ -308,6 +309,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--frames-per-folder", type=int, default=150, help="road frames used of each folder (%(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run, or the report (*.json) of --evaluate")
     parser.add_argument("--init", type=Path, help="mobilenet_v2 features or an earlier segmenter to start from")
+    add_keep_start(parser, "segmenter")
     parser.add_argument("--validate-on", type=int, default=120, help="held-out objects measured at every checkpoint (%(default)s)")
     for field in fields(SegmenterTraining):
         if field.name != "crop_sizes":
@@ -331,6 +333,7 @@ def _run(args: argparse.Namespace) -> int:
     recipe = SegmenterTraining(**{field.name: getattr(args, field.name) for field in fields(SegmenterTraining)})
     recipe = replace(recipe, crop_sizes=tuple(recipe.crop_sizes))
     init = load_weights(args.init) if args.init else None
+    check_keep_start(args.keep_start, "segmenter", init, init is not None and init.metadata.get("family") == FAMILY)
     objects = load_objects(args.objects, held_out=False)
     held_out = load_objects(args.objects, held_out=True)
     chosen = np.linspace(0, len(held_out) - 1, min(len(held_out), args.validate_on)).astype(int)
@@ -345,6 +348,8 @@ def _run(args: argparse.Namespace) -> int:
     path = train_segmenter(
         objects, backgrounds, [held_out[i] for i in chosen], recipe, args.output, init, runtime.device, provenance=provenance
     )
+    if init is not None and args.keep_start:
+        path = average_with_start(path, init, args.keep_start, CompactNet(), FAMILY, half=True)
     print(path)
     return 0
 

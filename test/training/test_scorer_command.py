@@ -13,11 +13,8 @@ import pytest
 import torch
 
 from ros2_ood_seg.cli import main
-from ros2_ood_seg.errors import WeightsError
-from ros2_ood_seg.scorers.networks.compact import CompactNet
 from ros2_ood_seg.scorers.networks.deeplab_mobilenet_v2 import DeepLabMobileNetV2
-from ros2_ood_seg.training.scorer_command import average_with_start
-from ros2_ood_seg.weights.store import load_weights, save_weights
+from ros2_ood_seg.weights.store import save_weights
 
 SOURCES = {
     "--camvid": "camvid",
@@ -119,30 +116,6 @@ def test_checkpoint_of_another_network_or_method(copies: Path, capsys: pytest.Ca
     torch.save({"recipe": {"method": "pebal"}, "done": 1}, output / "checkpoint.pt")
     assert main(["train", "scorer", "--method", "max_entropy", "--init", str(start), "--crop", "48", "64", *data]) == 2
     assert "method pebal instead of max_entropy" in capsys.readouterr().err
-
-
-def scorer_weights(path: Path, value: float) -> Path:
-    """A scorer all of whose weights are ``value``."""
-    state = CompactNet().state_dict()
-    filled = {key: torch.full_like(weight, value) if weight.is_floating_point() else weight for key, weight in state.items()}
-    save_weights(path, filled, {"recipe": {"seed": 7}}, half=False)
-    return path
-
-
-def test_average_with_start_lies_between(tmp_path: Path) -> None:
-    start, trained = scorer_weights(tmp_path / "start.safetensors", 1.0), scorer_weights(tmp_path / "scorer.safetensors", 5.0)
-    averaged = load_weights(average_with_start(trained, start, 0.25))
-    assert averaged.path == tmp_path / "averaged.safetensors"
-    assert averaged.metadata["recipe"] == {"seed": 7}
-    assert set(averaged.state) == set(CompactNet().state_dict())
-    assert all((weight == 4.0).all() for weight in averaged.state.values() if weight.is_floating_point())
-
-
-def test_average_with_another_network(tmp_path: Path) -> None:
-    start = tmp_path / "start.safetensors"
-    save_weights(start, DeepLabMobileNetV2(7).state_dict(), {}, half=False)
-    with pytest.raises(WeightsError, match="compact scorer"):
-        average_with_start(scorer_weights(tmp_path / "scorer.safetensors", 5.0), start, 0.5)
 
 
 @pytest.mark.parametrize(

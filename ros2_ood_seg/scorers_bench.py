@@ -20,6 +20,7 @@ from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.runtime import Runtime, peak_memory_mb
 from ros2_ood_seg.scorers import SCORERS
+from ros2_ood_seg.scorers.networks.compact import CompactNet
 from ros2_ood_seg.scorers.networks.deeplab_mobilenet_v2 import DeepLabMobileNetV2
 from ros2_ood_seg.scorers.networks.deeplab_resnet101 import DeepLabResNet101
 from ros2_ood_seg.scorers.networks.deeplab_wrn38 import DeepLabWideResNet38
@@ -29,7 +30,7 @@ from ros2_ood_seg.scorers.networks.mix_transformer import MixTransformer
 from ros2_ood_seg.scorers.networks.resnet import ResNet
 from ros2_ood_seg.scorers.networks.segformer import GmmSeg, SegFormer
 from ros2_ood_seg.scorers.networks.swin import SwinTransformer
-from ros2_ood_seg.weights.store import save_weights
+from ros2_ood_seg.weights.store import find_weights, load_weights, save_weights
 
 
 def _mask2former(backbone: SwinTransformer | ResNet, classes: int = 20, *, levels: int = 3, global_attention: bool = False) -> Mask2Former:
@@ -144,6 +145,11 @@ def write_random_weights(name: str, folder: Path) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
+def _bundled_parameters() -> int:
+    network = CompactNet.of(load_weights(find_weights("compact_scorer")))
+    return sum(p.numel() for p in network.parameters())
+
+
 def _run(args: argparse.Namespace) -> int:
     from ros2_ood_seg.bench import hardware
 
@@ -154,7 +160,7 @@ def _run(args: argparse.Namespace) -> int:
     print(f"random weights but for compact, one frame of {args.width}x{args.height}")
     for name in args.scorers:
         with tempfile.TemporaryDirectory() as folder:
-            parameters = _in_own_process(write_random_weights, name, Path(folder)) if name in NETWORKS else 0
+            parameters = _in_own_process(write_random_weights, name, Path(folder)) if name in NETWORKS else _bundled_parameters()
             rest = (args.width, args.height, args.repeats, args.device, args.precision)
             row = {"parameters": parameters, **_in_own_process(measure, name, Path(folder), *rest)}
         figures[name] = row

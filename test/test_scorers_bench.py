@@ -53,6 +53,10 @@ def test_networks_have_the_sizes_of_their_releases(name: str, millions: float) -
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.001)
 
 
+def test_counts_the_bundled_network() -> None:
+    assert scorers_bench._bundled_parameters() / 1e6 == pytest.approx(1.95, abs=0.01)
+
+
 def test_knows_every_scorer_that_has_a_network_to_load() -> None:
     assert {"compact", "external", *scorers_bench.NETWORKS} == set(SCORERS.names)
     with pytest.raises(InputError, match="--repeats is 0"):

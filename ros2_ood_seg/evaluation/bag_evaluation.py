@@ -242,12 +242,15 @@ class BagEvaluation:
         self.job = job
         self.pipeline = Pipeline.from_config(job.config)
         self._evaluation = Evaluation(self.pipeline, job.work, job.options, job.fingerprint(), job.pixels(), join)
+        self._join = join
         self._clips = None
+        self._indexed: list[dict[str, Any]] = []
         if job.clips is not None:
             self._clips = ClipFolder(job.clips, join=True)
             if not join:
                 done = [self.finished(run) for run in job.runs]
-                self._clips = ClipFolder(job.clips, [clip for run in done if run is not None for clip in run.clips])
+                self._indexed = [clip for run in done if run is not None for clip in run.clips]
+                self._clips = ClipFolder(job.clips, self._indexed)
         self._warm = False
         # On a CPU the work beside the pipeline would slow it down and so spoil its times.
         self._overlap = self.pipeline.runtime.device.type != "cpu"
@@ -331,6 +334,9 @@ class BagEvaluation:
         if self._clips is not None:
             drive = Drive(run.name, run.path, run.topic, run.label_topics, run.results)
             run.clips = self._clips.write(drive, run.log.events(job.rule), job.all_topics)
+            self._indexed += run.clips
+            if not self._join:
+                self._clips.save_index(self._indexed)
         self._evaluation.store.save_group(run.name, run.to_plain())
 
     def _measure(self, run: BagRun, answer: Answer) -> None:
@@ -355,6 +361,7 @@ class BagEvaluation:
         frames = sum(run.frames for run in runs)
         if not frames:
             reasons = [run.problem for run in runs if run.problem]
+            self._evaluation.finish()
             raise InputError(reasons[0] if reasons else f"no frame of '{dataset}' was answered")
         config, device = self.pipeline.config, str(self.pipeline.runtime.device)
         measured = [name for run in runs for name in run.measured]

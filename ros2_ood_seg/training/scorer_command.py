@@ -116,12 +116,11 @@ def run(args: argparse.Namespace) -> int:
         calibrate_published(released, data, args.calibration_frames, runtime)
     else:
         trained = train_scorer(data, recipe, args.output, args.init, runtime.device)
-        provenance: dict[str, str | float] = {"start": args.init.name if args.init else "random"}
+        provenance = {"start": args.init.name if args.init else "random"}
         if args.keep_start:
             network = CompactNet.of(load_weights(trained))
             family = f"compact scorer on {network.encoder}"
             trained = average_with_start(trained, load_weights(args.init), args.keep_start, network, family, half=False)
-            provenance["keep_start"] = args.keep_start
         released = args.output / "compact_scorer.safetensors"
         release(trained, data, released, provenance, args.calibration_frames)
     print(released)
@@ -180,7 +179,7 @@ def calibrate_published(
     write_calibration(scorer.weights_path, scorer.calibration_key, calibration)
 
 
-def release(trained: Path, data: ScorerData, path: Path, provenance: Mapping[str, str | float], max_frames_per_source: int = 200) -> None:
+def release(trained: Path, data: ScorerData, path: Path, provenance: Mapping[str, str], max_frames_per_source: int = 200) -> None:
     """Calibrates on held-out in-distribution frames and writes half-precision weights with all that belongs to them.
 
     Args:

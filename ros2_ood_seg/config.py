@@ -170,10 +170,19 @@ class FusionConfig(_Settings):
         0.5,
         ge=0.0,
         le=1.0,
-        description="hybrid: weight of the box confidence in an instance's score; the rest is the calibrated mean score",
+        description="s2m, hybrid: weight of the box confidence in an instance's score; the rest is the calibrated mean score (S2M: 1)",
+    )
+    quality_power: float = Field(
+        0.0,
+        ge=0.0,
+        le=4.0,
+        description="Instance scores are multiplied by the mask's predicted IoU to this power: 0 as published, 1 as in Mask Scoring R-CNN",
     )
     nms_containment: float = Field(
-        0.6, gt=0.0, le=1.0, description="hybrid: a mask is no instance of its own when a better one covers more than this share of it"
+        0.6,
+        gt=0.0,
+        le=1.0,
+        description="ugains, hybrid: a mask is no instance of its own when a better one covers more than this share of it (UGainS: 1)",
     )
     ignore_overlap_px: int = Field(
         100, ge=1, le=10_000_000, description="A mask with this many pixels on the ignore mask is dropped (UGainS: 100)"

@@ -100,6 +100,7 @@ def build_report(
         "dataset": dataset,
         "profile": config.profile,
         "images": totals.images,
+        "images_with_anomaly": sum(image["anomalous_px"] > 0 for image in totals.per_image),
         "pixel": pooled["score"].figures,
         "refined": pooled["refined"].figures,
         "baseline": _s2m(baseline) | {"score_range": [float(scaled[0]), float(scaled[-1])]},

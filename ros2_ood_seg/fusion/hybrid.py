@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ros2_ood_seg.config import FusionConfig
 from ros2_ood_seg.fusion.ensemble import ensemble
 from ros2_ood_seg.fusion.nms import drop_contained, greedy_nms
-from ros2_ood_seg.fusion.overlaps import measure_masks
+from ros2_ood_seg.fusion.overlaps import mask_scored, measure_masks
 from ros2_ood_seg.runtime import Runtime
-from ros2_ood_seg.types import Calibration, Fused, Masks, Prompts, ScoreMap
+from ros2_ood_seg.types import Fused, Masks, Prompts, ScoreMap
 
 
 class HybridFusion:
     """Ranks masks of both kinds of prompts by one score.
 
-    ``score = (1 - w) * m + w * max_b(confidence_b * IoU(mask, mask_b))`` with w = ``box_weight``, m the calibrated mean score inside
-    the mask, and b over all box prompts. A box's own mask counts with its full confidence, and a point's mask with that of a box that
-    found the same object, so that both kinds compete on one scale. The ensemble adds this score, mapped back to the scorer's range.
+    ``score = q * ((1 - w) * m + w * max_b(confidence_b * IoU(mask, mask_b)))`` with w = ``box_weight``, m the calibrated mean
+    score inside the mask, b over all box prompts, and q the mask's predicted IoU to the power of ``quality_power``. A box's own mask
+    counts with its full confidence, and a point's mask with that of a box that found the same object, so that both kinds compete on one
+    scale. The ensemble adds m as in UGainS: the detector says which masks there are, not how anomalous their pixels are.
     A mask that lies in a better one counts in the ensemble but is no instance of its own: points give parts of what boxes give whole.
     """
 
@@ -36,16 +36,12 @@ class HybridFusion:
         if prompts.num_boxes:
             support = (iou[:, : prompts.num_boxes] * prompts.confidence).amax(dim=1).float()
         scores = torch.lerp(calibration.to_unit(measures.mean_score), support, config.box_weight)
+        scores = mask_scored(config, scores, masks.quality)
         kept = greedy_nms(iou, scores, config.nms_iou)
         kept = kept[measures.usable(config, scores)[kept]]
-        refined = ensemble(config, score_map, masks, measures, kept, _to_raw(calibration, scores[kept]), ignore)
+        refined = ensemble(config, score_map, masks, measures, kept, measures.mean_score[kept], ignore)
         whole = drop_contained(measures.inside(), kept, config.nms_containment)
         return Fused(measures.instances(config, masks, whole, scores, measures.mean_score), refined)
-
-
-def _to_raw(calibration: Calibration, unit: Tensor) -> Tensor:
-    raw = np.interp(unit.cpu().numpy(), calibration.unit, calibration.raw)
-    return torch.from_numpy(raw.astype(np.float32)).to(unit.device)
 
 
 def build(config: FusionConfig, runtime: Runtime) -> HybridFusion:

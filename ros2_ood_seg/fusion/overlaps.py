@@ -69,6 +69,17 @@ class MaskMeasures:
         return large & (self.ignored_px < config.ignore_overlap_px) & (reported(config, scores) >= config.min_score)
 
 
+def mask_scored(config: FusionConfig, scores: Tensor, quality: Tensor) -> Tensor:
+    """Scores times the predicted IoU of their masks to the power of ``quality_power`` (1: Mask Scoring R-CNN, Huang et al. 2019, section 3.2).
+
+    Args:
+        config: Quality power.
+        scores: (N,) in [0, 1], how anomalous each mask is.
+        quality: (N,) predicted IoU in [0, 1]; NaN, where the segmenter gives none, counts as 1.
+    """
+    return scores * quality.nan_to_num(nan=1.0).clamp(0.0, 1.0) ** config.quality_power if config.quality_power else scores
+
+
 def reported(config: FusionConfig, scores: Tensor) -> Tensor:
     """Calibrated scores as they are reported: ``half_score`` becomes 0.5, linear from 0 and to 1, so that ranks stay.
 

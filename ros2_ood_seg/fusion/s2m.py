@@ -8,7 +8,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ros2_ood_seg.config import FusionConfig
-from ros2_ood_seg.fusion.overlaps import MaskMeasures, measure_masks, reported
+from ros2_ood_seg.fusion.overlaps import MaskMeasures, mask_scored, measure_masks, reported
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Fused, Instances, Masks, Prompts, ScoreMap
 
@@ -16,8 +16,11 @@ from ros2_ood_seg.types import Fused, Instances, Masks, Prompts, ScoreMap
 class S2mFusion:
     """The refined map holds the lowest confidence of the masks at each pixel, 0 outside all of them.
 
-    Instances are unions of masks that overlap (``merge_overlap``), with the highest confidence among them as raw score. A
-    mask that came from a point, which S2M itself does not use, has the calibrated mean score inside it as confidence.
+    Instances are unions of masks that overlap (``merge_overlap``), with score and confidence of the best among them; the confidence is
+    the raw score. The score is the confidence itself with ``box_weight: 1`` and ``quality_power: 0``, as published. Otherwise it is
+    ``q * ((1 - w) * m + w * confidence)`` as in :class:`~ros2_ood_seg.fusion.hybrid.HybridFusion`: with a ``min_score`` masks are left out
+    whose boxes hold little score, or whose outline is doubtful, though the detector was sure. A mask that came from a point, which S2M
+    itself does not use, has the calibrated mean score inside it as confidence.
     """
 
     def __init__(self, config: FusionConfig) -> None:
@@ -28,8 +31,10 @@ class S2mFusion:
         config = self._config
         calibration = score_map.calibration
         measures = measure_masks(masks.masks, score_map.scores, ignore, empty_score=calibration.raw[0])
-        confidence = torch.cat([prompts.confidence, calibration.to_unit(measures.mean_score[prompts.num_boxes :])])
-        usable = measures.usable(config, confidence)
+        mean = calibration.to_unit(measures.mean_score)
+        confidence = torch.cat([prompts.confidence, mean[prompts.num_boxes :]])
+        scores = mask_scored(config, torch.lerp(mean, confidence, config.box_weight), masks.quality)
+        usable = measures.usable(config, scores)
         if config.compat == "paper":
             order = torch.argsort(confidence, descending=True, stable=True)
         else:
@@ -42,10 +47,10 @@ class S2mFusion:
             window.copy_(torch.where(masks.masks[n, rows, columns], confidence[n], window))
         if ignore is not None:
             refined.masked_fill_(ignore, 0.0)
-        return Fused(self._merged(masks, measures, order, confidence), refined)
+        return Fused(self._merged(masks, measures, order, scores, confidence), refined)
 
-    def _merged(self, masks: Masks, measures: MaskMeasures, order: Tensor, confidence: Tensor) -> Instances:
-        """Unions of the masks at ``order`` that overlap, each with the confidence and quality of its most confident member."""
+    def _merged(self, masks: Masks, measures: MaskMeasures, order: Tensor, scores: Tensor, confidence: Tensor) -> Instances:
+        """Unions of the masks at ``order`` that overlap, each with score, confidence and quality of its best member."""
         area = measures.area_px[order]
         overlap = measures.intersection_px[order][:, order] / torch.minimum(area[:, None], area[None, :])
         count, group = connected_components((overlap >= self._config.merge_overlap).cpu().numpy(), directed=False)
@@ -53,10 +58,10 @@ class S2mFusion:
         for n, label in zip(order.tolist(), group.tolist(), strict=True):
             rows, columns = measures.windows[n]
             unions[label, rows, columns] |= masks.masks[n, rows, columns]
-        ranked = np.argsort(-confidence[order].cpu().numpy(), kind="stable")
+        ranked = np.argsort(-scores[order].cpu().numpy(), kind="stable")
         _, first = np.unique(group[ranked], return_index=True)
         best = order[torch.from_numpy(ranked[first]).to(order.device)]
-        return Instances.from_masks(unions, reported(self._config, confidence[best]), confidence[best], masks.quality[best])
+        return Instances.from_masks(unions, reported(self._config, scores[best]), confidence[best], masks.quality[best])
 
 
 def build(config: FusionConfig, runtime: Runtime) -> S2mFusion:

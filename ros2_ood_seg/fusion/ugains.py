@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ros2_ood_seg.config import FusionConfig
 from ros2_ood_seg.fusion.ensemble import ensemble
-from ros2_ood_seg.fusion.nms import greedy_nms
-from ros2_ood_seg.fusion.overlaps import measure_masks
+from ros2_ood_seg.fusion.nms import drop_contained, greedy_nms
+from ros2_ood_seg.fusion.overlaps import mask_scored, measure_masks
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Fused, Masks, Prompts, ScoreMap
 
@@ -16,7 +16,11 @@ _EMPTY_SCORE = -1.0
 
 
 class UgainsFusion:
-    """Ranks masks by their mean raw score; see :func:`ros2_ood_seg.fusion.ensemble.ensemble` for the refined map."""
+    """Ranks masks by their mean score; see :func:`ros2_ood_seg.fusion.ensemble.ensemble` for the refined map.
+
+    As published with ``quality_power: 0`` and ``nms_containment: 1``. Otherwise a doubtful mask ranks lower, and a part of a better mask
+    counts in the ensemble but is no instance of its own.
+    """
 
     def __init__(self, config: FusionConfig) -> None:
         self._config = config
@@ -25,11 +29,14 @@ class UgainsFusion:
         """See :class:`ros2_ood_seg.fusion.base.Fusion`."""
         config = self._config
         measures = measure_masks(masks.masks, score_map.scores, ignore, empty_score=_EMPTY_SCORE)
-        scores = score_map.calibration.to_unit(measures.mean_score)
-        kept = greedy_nms(measures.iou(), measures.mean_score, config.nms_iou)
+        scores = mask_scored(config, score_map.calibration.to_unit(measures.mean_score), masks.quality)
+        # Calibrated scores end at 1, so the published ranking is by raw ones.
+        ranking = scores if config.quality_power else measures.mean_score
+        kept = greedy_nms(measures.iou(), ranking, config.nms_iou)
         kept = kept[measures.usable(config, scores)[kept]]
         refined = ensemble(config, score_map, masks, measures, kept, measures.mean_score[kept], ignore)
-        return Fused(measures.instances(config, masks, kept, scores, measures.mean_score), refined)
+        whole = drop_contained(measures.inside(), kept, config.nms_containment)
+        return Fused(measures.instances(config, masks, whole, scores, measures.mean_score), refined)
 
 
 def build(config: FusionConfig, runtime: Runtime) -> UgainsFusion:

@@ -1,12 +1,14 @@
 """The compact segmenter: crops a window around each prompt and segments it with one small network.
 
-A box is cropped once. A point says nothing of the object's size, so it is first cropped in windows of three sizes; the mask of the
-highest predicted IoU, the way Segment Anything chooses among its three, gives a box, and box and point together are cropped again.
+A box is cropped once, and once more around its mask where that fits the box badly, as boxes of a detector may cut an object or be too
+large; the mask of the higher predicted IoU stays. A point says nothing of the object's size, so it is first cropped in windows of three
+sizes; the mask of the highest predicted IoU, the way Segment Anything chooses among its three, gives a box, and box and point together
+are cropped again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from ros2_ood_seg.config import SegmenterConfig
 from ros2_ood_seg.errors import InputError
@@ -32,6 +35,8 @@ POINT_CROP_PX = 128
 """Side of the crops in which a point's object is looked for."""
 POINT_WINDOWS = (0.1, 0.3, 0.9)
 """Sides of a point's windows, as fractions of the image height."""
+FITTING_IOU = 0.8
+"""A box is tried again when its IoU with the extent of its mask is lower."""
 _TAIL = 0.01
 _NAN = float("nan")
 
@@ -49,6 +54,21 @@ class View:
     window: Window
     box_xyxy: Box | None = None
     point_xy: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the network said of a view.
+
+    Args:
+        view: The view.
+        logits: (1, size/2, size/2) float32, positive inside.
+        iou: Predicted IoU in [0, 1].
+    """
+
+    view: View
+    logits: Tensor
+    iou: float
 
 
 def network_input(image: Tensor, views: Sequence[View], size: int) -> Tensor:
@@ -118,14 +138,26 @@ class CompactSegmenter:
             if box is not None:
                 views[index] = View(box_window(box), box_xyxy=box)
         views.update({prompts.num_boxes + index: view for index, view in self._views_of_points(image, prompts.points_xy).items()})
+        found = self._segment(image, views)
+        again = _refitted({index: answer for index, answer in found.items() if index < prompts.num_boxes}, shape_hw)
+        for index, second in self._segment(image, again).items():
+            found[index] = max(found[index], second, key=lambda answer: answer.iou)
+        for index, answer in found.items():
+            _paste(masks[index], answer.logits, answer.view.window)
+        if found:
+            quality[list(found)] = quality.new_tensor([answer.iou for answer in found.values()])
+        return Masks(masks, quality)
+
+    def _segment(self, image: Tensor, views: Mapping[int, View]) -> dict[int, _Answer]:
+        """What the network says of each view, in batches."""
+        answers = {}
         order = list(views)
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
             logits, iou = self._run(image, [views[index] for index in batch], CROP_PX)
-            for row, index in enumerate(batch):
-                _paste(masks[index], logits[row], views[index].window)
-            quality[torch.tensor(batch, device=image.device)] = iou
-        return Masks(masks, quality)
+            for index, mask, score in zip(batch, logits, iou.tolist(), strict=True):
+                answers[index] = _Answer(views[index], mask, score)
+        return answers
 
     def _run(self, image: Tensor, views: Sequence[View], size: int) -> tuple[Tensor, Tensor]:
         """(N, 1, size/2, size/2) float32 logits and (N,) predicted IoU of a batch."""
@@ -149,6 +181,20 @@ class CompactSegmenter:
                 if box is not None and (index not in best or score > best[index][0]):
                     best[index] = (score, View(box_window(box), box_xyxy=box, point_xy=view.point_xy))
         return {index: view for index, (_, view) in best.items()}
+
+
+def _refitted(answers: Mapping[int, _Answer], shape_hw: tuple[int, int]) -> dict[int, View]:
+    """Views of the boxes around the masks, where there is a mask and its box is another than the one asked about."""
+    if not answers:
+        return {}
+    extents = _extent(torch.cat([answer.logits for answer in answers.values()])).mul_(MASK_STRIDE).tolist()
+    again = {}
+    for (index, answer), (x0, y0, x1, y1) in zip(answers.items(), extents, strict=True):
+        box = answer.view.box_xyxy
+        around = clip_box(answer.view.window.box_from_crop((x0, y0, x1, y1), CROP_PX), shape_hw)
+        if box and around and box_iou(torch.tensor([box]), torch.tensor([around])).item() < FITTING_IOU:
+            again[index] = View(box_window(around), box_xyxy=around)
+    return again
 
 
 def _extent(logits: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ def test_report_has_the_fixed_keys_and_agrees_with_the_saved_files(data: Path, t
     save = tmp_path / "saved"
     report = run(data, tmp_path / "report.json", "--save", str(save), "--track", "obstacle", profile=profile)
     assert (report["dataset"], report["profile"], report["images"]) == ("folder", profile, 3)
+    assert report["images_with_anomaly"] == sum((frame.label == 1).any() for frame in open_dataset("folder", data))
     assert set(report["timings_ms"]) >= STAGES
     assert all(set(times) >= {"p50", "p95"} for times in report["timings_ms"].values())
     for group, keys in {
@@ -182,6 +183,7 @@ def test_frames_without_anomalies_have_no_pixel_metrics(tmp_path: Path) -> None:
     report, _ = evaluation.report("nothing")
     assert (report["pixel"]["ap"], report["pixel"]["fpr95"], report["instance"]["ap"]) == (None, None, None)
     assert report["s2m"]["iou"] == 0.0
+    assert (report["images"], report["images_with_anomaly"]) == (2, 0)
     with pytest.raises(InputError, match="two frames are named 'empty'"):
         evaluation.add(LabelledImage("empty", image, np.zeros((96, 128), np.uint8)), np.zeros_like(scores))
     with pytest.raises(InputError, match="no frames"):

@@ -73,7 +73,7 @@ def test_s2m_code_lets_the_last_box_win() -> None:
 
 def test_s2m_merges_masks_of_one_object() -> None:
     masks = mask_of((0, 0, 20, 20), (5, 5, 15, 15), (18, 0, 30, 20), (40, 30, 50, 40))
-    found = fuse("s2m", masks, confidence=[0.6, 0.9, 0.7, 0.3]).instances
+    found = fuse("s2m", masks, confidence=[0.6, 0.9, 0.7, 0.3], box_weight=1.0).instances
     torch.testing.assert_close(found.scores, torch.tensor([0.9, 0.7, 0.3]))
     assert torch.equal(found.raw_scores, found.scores)
     assert found.area_px.tolist() == [400, 240, 100]
@@ -108,7 +108,7 @@ def published_ugains(masks: torch.Tensor, scores: torch.Tensor, floor: float) ->
 def test_ugains_is_the_published_procedure(seed: int, count: int) -> None:
     masks, scores = random_masks(seed, count), random_scores(seed)
     kept, refined = published_ugains(masks, scores, -1.0)
-    found = fuse("ugains", masks, scores, floor="value", floor_value=-1.0)
+    found = fuse("ugains", masks, scores, floor="value", floor_value=-1.0, nms_containment=1.0)
     torch.testing.assert_close(found.refined.double(), refined, rtol=1e-5, atol=1e-5)
     assert found.instances.area_px.tolist() == [int(masks[n].sum()) for n in kept]
     torch.testing.assert_close(found.instances.scores, CALIBRATION.to_unit(found.instances.raw_scores))
@@ -198,6 +198,56 @@ def test_an_empty_mask_is_no_instance(name: str) -> None:
     assert found.refined.isfinite().all()
 
 
+def test_s2m_leaves_out_masks_of_sure_boxes_that_hold_little_score() -> None:
+    scores = torch.full((HEIGHT, WIDTH), -4.0)
+    masks = mask_of((0, 0, 10, 10), (20, 0, 30, 10))
+    scores[masks[0]] = 2.0
+    # The means are 0.75 and 0, the predicted IoUs 0.1 and 0.9.
+    found = fuse("s2m", masks, scores, [0.5, 0.9])
+    torch.testing.assert_close(found.instances.scores, torch.tensor([0.625, 0.45]))
+    assert found.instances.raw_scores.tolist() == pytest.approx([0.5, 0.9])
+    left = fuse("s2m", masks, scores, [0.5, 0.9], min_score=0.5)
+    assert torch.equal(left.instances.masks, masks[:1])
+    # What stays has the confidence of its box in the map, as published.
+    assert torch.equal(left.refined, 0.5 * masks[0])
+    assert len(fuse("s2m", masks, scores, [0.5, 0.9], min_score=0.5, box_weight=1.0).instances) == 2
+
+
+@pytest.mark.parametrize("name", FUSIONS.names)
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_scores_are_multiplied_by_the_predicted_iou(name: str, power: float) -> None:
+    masks = mask_of((0, 0, 10, 10), (20, 0, 30, 10), (40, 0, 50, 11))
+    scores = random_scores(7)
+    plain, scored = (fuse(name, masks, scores, [0.9, 0.2], quality_power=p).instances for p in (0.0, power))
+    by_place = [{int(box[0]): score for box, score in zip(found.boxes_xyxy, found.scores, strict=True)} for found in (plain, scored)]
+    quality = {0: 0.1, 20: 0.5, 40: 0.9}
+    for x, score in by_place[0].items():
+        torch.testing.assert_close(by_place[1][x], score * quality[x] ** power)
+    assert scored.scores.tolist() == sorted(scored.scores.tolist(), reverse=True)
+    assert sorted(scored.raw_scores.tolist()) == sorted(plain.raw_scores.tolist())
+
+
+@pytest.mark.parametrize("name", FUSIONS.names)
+def test_without_a_predicted_iou_there_is_no_mask_scoring(name: str) -> None:
+    score_map = ScoreMap(random_scores(2), "test", CALIBRATION)
+    masks = Masks(mask_of((0, 0, 10, 10), (20, 20, 30, 30)), torch.full((2,), torch.nan))
+    prompts = Prompts(torch.zeros(1, 4), torch.tensor([0.7]), torch.zeros(1, 2))
+    with_power, without = (
+        FUSIONS.get(name)(FusionConfig(name=name, quality_power=p), CPU)(score_map, prompts, masks).instances.scores for p in (2.0, 0.0)
+    )
+    assert torch.equal(with_power, without)
+
+
+@pytest.mark.parametrize("name", ["ugains", "hybrid"])
+def test_of_two_masks_of_one_object_the_better_outline_stays(name: str) -> None:
+    # The last one has the highest predicted IoU.
+    masks = mask_of((0, 0, 20, 20), (0, 0, 20, 21))
+    scores = torch.full((HEIGHT, WIDTH), -2.0)
+    scores[masks[0]] = 2.0
+    assert torch.equal(fuse(name, masks, scores).instances.masks, masks[:1])
+    assert torch.equal(fuse(name, masks, scores, quality_power=1.0).instances.masks, masks[1:])
+
+
 def test_hybrid_keeps_one_of_a_box_and_a_point_on_the_same_object() -> None:
     masks = mask_of((0, 0, 20, 20), (40, 0, 50, 10), (0, 0, 20, 19), (40, 20, 50, 30))
     found = fuse("hybrid", masks, confidence=[0.8, 0.6]).instances
@@ -213,12 +263,14 @@ def test_hybrid_point_masks_inherit_from_a_box_by_their_overlap() -> None:
     torch.testing.assert_close(found.scores, torch.tensor([0.65, 0.25 + 0.5 * 0.8 * 0.5]))
 
 
-def test_hybrid_counts_a_part_of_a_better_mask_in_the_refined_map_only() -> None:
-    masks = mask_of((10, 10, 30, 30), (12, 12, 18, 18), (40, 5, 50, 15))
+@pytest.mark.parametrize("name", ["ugains", "hybrid"])
+def test_a_part_of_a_better_mask_counts_in_the_refined_map_only(name: str) -> None:
+    masks = mask_of((12, 12, 18, 18), (10, 10, 30, 30), (40, 5, 50, 15))
     scores = torch.full((HEIGHT, WIDTH), -4.0)
-    scores[masks[1]] = 3.0
-    whole = fuse("hybrid", masks, scores, confidence=[1.0], box_weight=1.0, nms_containment=0.5)
-    every = fuse("hybrid", masks, scores, confidence=[1.0], box_weight=1.0, nms_containment=1.0)
+    scores[masks[0]] = 3.0
+    # The part scores higher, but its outline is the worse one by far.
+    whole = fuse(name, masks, scores, quality_power=4.0, nms_containment=0.5)
+    every = fuse(name, masks, scores, quality_power=4.0, nms_containment=1.0)
     assert torch.equal(whole.refined, every.refined)
     assert len(every.instances) == 3
     assert torch.equal(whole.instances.masks, every.instances.masks[[0, 2]])

@@ -29,6 +29,19 @@ class PromptEcho(CompactNet):
         return maps - 0.5, maps.mean(dim=(1, 2, 3))
 
 
+class BrightNet(CompactNet):
+    """Masks what is bright; the better it fills the box the surer (``sign`` 1) or the less sure it is. Counts the crops it sees."""
+
+    def __init__(self, sign: float) -> None:
+        super().__init__()
+        self.sign, self.crops = sign, 0
+
+    def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        self.crops += len(crops)
+        masks, boxes = F.avg_pool2d(crops[:, :1], 2), crops[:, 3]
+        return masks, self.sign * (crops[:, 0] > 0).float().mean(dim=(1, 2)) / boxes.mean(dim=(1, 2))
+
+
 @pytest.fixture(scope="module")
 def segmenter() -> CompactSegmenter:
     torch.manual_seed(0)
@@ -111,6 +124,29 @@ def test_a_point_is_looked_for_around_itself(echo: CompactSegmenter) -> None:
     ys, xs = torch.nonzero(result.masks[0], as_tuple=True)
     assert abs(xs.float().mean() - 40) < 2
     assert abs(ys.float().mean() - 150) < 2
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_box_that_does_not_fit_its_mask_is_tried_again(sign: float) -> None:
+    image = torch.zeros(90, 120, 3, dtype=torch.uint8)
+    image[20:50, 30:70] = 255
+    fitting, large, empty = [30.0, 20, 70, 50], [20.0, 10, 90, 70], [90.0, 60, 110, 80]
+
+    def segment(*boxes: list[float]) -> tuple[list[float], int, Tensor]:
+        network = BrightNet(sign)
+        found = from_network(network, CPU)(image, Prompts.from_boxes(torch.tensor(boxes), torch.ones(len(boxes))))
+        return found.quality.tolist(), network.crops, found.masks
+
+    (sure,), crops, masks = segment(fitting)
+    assert crops == 1
+    (again, nothing), crops, both = segment(large, empty)
+    # The first look at both, and the second at the one whose mask is smaller than its box.
+    assert crops == 3
+    assert torch.equal(both[0], masks[0])
+    assert not both[1].any()
+    assert nothing == pytest.approx(0.5)
+    # The answer that the network is surer of stays.
+    assert again == pytest.approx(sure, abs=0.02) if sign > 0 else again > sure + 0.1
 
 
 def test_pixels_of_other_windows_do_not_matter(segmenter: CompactSegmenter) -> None:

@@ -142,7 +142,8 @@ def prompt_variants(args: argparse.Namespace) -> Iterator[Variant]:
 def oracle_variants(args: argparse.Namespace) -> Iterator[Variant]:
     """Generated boxes beside the ground truth's: how much the prompts lose, and how much the segmenter."""
     yield Variant("generated boxes")
-    yield Variant("ground-truth boxes", alter=OracleBoxes.replace_in)
+    # The scorer has no say in whether these are true.
+    yield Variant("ground-truth boxes", {"fusion.min_score": 0.0}, alter=OracleBoxes.replace_in)
 
 
 def segmenter_variants(args: argparse.Namespace) -> Iterator[Variant]:
@@ -168,6 +169,15 @@ def confidence_variants(args: argparse.Namespace) -> Iterator[Variant]:
         yield Variant(f"confidence from {level:g}", {"prompts.boxes.min_confidence": level})
 
 
+def mask_variants(args: argparse.Namespace) -> Iterator[Variant]:
+    """Which masks stay: those of sure boxes, all, or those whose score inside, box and outline speak for them together."""
+    sure = {"fusion.box_weight": 1.0, "fusion.quality_power": 0.0, "fusion.min_score": 0.0}
+    yield Variant("confidence from 0.05, as published", {**sure, "prompts.boxes.min_confidence": 0.05})
+    yield Variant("confidence from 0.25", {**sure, "prompts.boxes.min_confidence": 0.25})
+    yield Variant("this profile's boxes, all masks", {"fusion.min_score": 0.0})
+    yield Variant("and this profile's least score")
+
+
 ABLATIONS: dict[str, Callable[[argparse.Namespace], Iterator[Variant]]] = {
     "noise": noise_variants,
     "prompts": prompt_variants,
@@ -176,6 +186,7 @@ ABLATIONS: dict[str, Callable[[argparse.Namespace], Iterator[Variant]]] = {
     "oracle": oracle_variants,
     "scale": scale_variants,
     "confidence": confidence_variants,
+    "masks": mask_variants,
 }
 
 

@@ -177,8 +177,10 @@ def bound_variants(args: argparse.Namespace) -> Iterator[Variant]:
     """The method step by step, between what it must beat and what it cannot (UGainS Table 2)."""
     yield Variant("connected components", alter=ComponentMasks.replace_in)
     yield Variant("dense grid", {"prompts.points.method": "grid"})
-    yield Variant("sampled points, no NMS", {"fusion.nms_iou": 1.0})
-    yield Variant("sampled points")
+    published = {"fusion.quality_power": 0.0, "fusion.nms_containment": 1.0}
+    yield Variant("sampled points, no NMS", {"fusion.nms_iou": 1.0, **published})
+    yield Variant("sampled points, NMS", published)
+    yield Variant("and this profile's ranking")
     yield Variant("oracle centres", alter=OraclePoints.replace_in)
     yield Variant("oracle centres, segmenter's score", alter=SegmenterScores.with_oracle)
 

@@ -49,6 +49,22 @@ def test_prompt_kinds_are_rows_of_one_table(labelled_set: Path, tmp_path: Path) 
     assert rows[1]["box_recall"] == dict.fromkeys(rows[0]["box_recall"])
 
 
+def test_rules_for_masks_are_rows_and_the_last_keeps_no_more_than_all(labelled_set: Path, tmp_path: Path) -> None:
+    output = tmp_path / "masks.json"
+    flags = [word for setting in ("prompts.boxes.threshold=0.01", "fusion.min_score=0.6") for word in ("--set", setting)]
+    assert run(labelled_set, output, "--what", "masks", *flags) == 0
+    rows = {row["variant"]: row for row in json.loads(output.read_text())["rows"]}
+    assert list(rows) == [
+        "confidence from 0.05, as published",
+        "confidence from 0.25",
+        "this profile's boxes, all masks",
+        "and this profile's least score",
+    ]
+    # Components have a confidence of their own and no least one, so that the first three see the same boxes.
+    assert rows["confidence from 0.05, as published"]["iou"] == rows["this profile's boxes, all masks"]["iou"]
+    assert rows["and this profile's least score"]["iou"] != rows["this profile's boxes, all masks"]["iou"]
+
+
 def test_oracle_knows_the_boxes_of_a_frame_off_the_diagonal() -> None:
     oracle = OracleBoxes()
     label = np.zeros((50, 200), np.uint8)

@@ -135,3 +135,11 @@ def test_settings_are_frozen_and_comparable() -> None:
 @pytest.mark.parametrize(("value", "text"), [(True, "true"), (0.5, "0.5"), ("", "''"), (7, "7"), ("fps", "fps")])
 def test_values_are_written_as_yaml(value: bool | int | float | str, text: str) -> None:
     assert format_value(value) == text
+
+
+def test_the_profiles_of_the_papers_rank_as_published() -> None:
+    s2m, ugains = load_profile("s2m").fusion, load_profile("ugains").fusion
+    assert (s2m.name, s2m.box_weight, s2m.quality_power, s2m.min_score, s2m.compat) == ("s2m", 1.0, 0.0, 0.0, "paper")
+    assert load_profile("s2m").prompts.boxes.min_confidence == 0.05
+    assert (ugains.name, ugains.quality_power, ugains.min_score) == ("ugains", 0.0, 0.0)
+    assert (ugains.nms_iou, ugains.nms_containment, ugains.floor, ugains.floor_value) == (0.7, 1.0, "value", -1.0)

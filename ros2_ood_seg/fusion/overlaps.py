@@ -70,7 +70,7 @@ class MaskMeasures:
 
 
 def mask_scored(config: FusionConfig, scores: Tensor, quality: Tensor) -> Tensor:
-    """Scores times the predicted IoU of their masks to the power of ``quality_power`` (1: Mask Scoring R-CNN, Huang et al. 2019, section 3.2).
+    """Scores times the predicted IoU of their masks to the power of ``quality_power`` (1: Mask Scoring R-CNN, Huang et al. 2019, 3.2).
 
     Args:
         config: Quality power.

@@ -112,7 +112,7 @@ def test_components_are_the_instances() -> None:
 
 
 def test_instances_ranked_by_the_segmenter() -> None:
-    config = load_profile("compact_ugains")
+    config = load_profile("compact_ugains", {"fusion.min_score": 0.0})
     fusion = SegmenterScores(FUSIONS.get("ugains")(config.fusion, Runtime(torch.device("cpu"))))
     scores = torch.zeros(20, 20)
     scores[:5], scores[10:15], scores[15:] = 0.9, 0.6, 0.3

@@ -86,7 +86,7 @@ def test_loss_of_known_masks() -> None:
 
 def test_training_learns_simple_shapes(tmp_path: Path) -> None:
     objects, held_out = [shape_object(k) for k in range(24)], [shape_object(k) for k in range(100, 108)]
-    recipe = SegmenterTraining(iterations=40, batch_size=4, crop_sizes=(64,), learning_rate=2e-3, encoder_rate=1.0, warm_up=5, ema=0.8)
+    recipe = SegmenterTraining(iterations=80, batch_size=4, crop_sizes=(64,), learning_rate=2e-3, encoder_rate=1.0, warm_up=5, ema=0.8)
     path = train_segmenter(objects, [], held_out, recipe, tmp_path)
     with (tmp_path / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -96,7 +96,7 @@ def test_training_learns_simple_shapes(tmp_path: Path) -> None:
     assert ious[-1] > ious[0] + 0.1
     assert (tmp_path / "curve.png").stat().st_size > 1000
     weights = load_weights(path)
-    assert weights.metadata["done"] == 40
+    assert weights.metadata["done"] == 80
     assert weights.metadata["validation"]["val_box"] > 0.4
 
 

@@ -195,7 +195,9 @@ class FusionConfig(_Settings):
         description="What is reported as an instance score of 0.5; below and above it scores are scaled linearly. 'ood-seg false-alarms' "
         "says which value leaves one instance above 0.5 in 20 ordinary frames",
     )
-    min_score: float = Field(0.0, ge=0.0, le=1.0, description="Instances with a lower reported score are dropped")
+    min_score: float = Field(
+        0.0, ge=0.0, le=1.0, description="Instances with a lower reported score are dropped; half_score says what is reported"
+    )
 
 
 class TrackingConfig(_Settings):

@@ -175,9 +175,8 @@ class CompactSegmenter:
         for start in range(0, len(tries), self._batch_size):
             batch = tries[start : start + self._batch_size]
             logits, iou = self._run(image, [view for _, view in batch], POINT_CROP_PX)
-            boxes = _extent(logits.squeeze(1)).mul_(MASK_STRIDE).tolist()
-            for (index, view), found, score in zip(batch, boxes, iou.tolist(), strict=True):
-                box = clip_box(view.window.box_from_crop((found[0], found[1], found[2], found[3]), POINT_CROP_PX), (height, width))
+            boxes = _boxes_around([view for _, view in batch], logits.squeeze(1), POINT_CROP_PX, (height, width))
+            for (index, view), box, score in zip(batch, boxes, iou.tolist(), strict=True):
                 if box is not None and (index not in best or score > best[index][0]):
                     best[index] = (score, View(box_window(box), box_xyxy=box, point_xy=view.point_xy))
         return {index: view for index, (_, view) in best.items()}
@@ -187,14 +186,28 @@ def _refitted(answers: Mapping[int, _Answer], shape_hw: tuple[int, int]) -> dict
     """Views of the boxes around the masks, where there is a mask and its box is another than the one asked about."""
     if not answers:
         return {}
-    extents = _extent(torch.cat([answer.logits for answer in answers.values()])).mul_(MASK_STRIDE).tolist()
+    logits = torch.cat([answer.logits for answer in answers.values()])
+    boxes = _boxes_around([answer.view for answer in answers.values()], logits, CROP_PX, shape_hw)
     again = {}
-    for (index, answer), (x0, y0, x1, y1) in zip(answers.items(), extents, strict=True):
-        box = answer.view.box_xyxy
-        around = clip_box(answer.view.window.box_from_crop((x0, y0, x1, y1), CROP_PX), shape_hw)
-        if box and around and box_iou(torch.tensor([box]), torch.tensor([around])).item() < FITTING_IOU:
+    for (index, answer), around in zip(answers.items(), boxes, strict=True):
+        asked = answer.view.box_xyxy
+        if asked and around and box_iou(torch.tensor([asked]), torch.tensor([around])).item() < FITTING_IOU:
             again[index] = View(box_window(around), box_xyxy=around)
     return again
+
+
+def _boxes_around(views: Sequence[View], logits: Tensor, size: int, shape_hw: tuple[int, int]) -> list[Box | None]:
+    """The boxes of masks in the image's pixels, None for an empty one.
+
+    Args:
+        views: N views.
+        logits: (N, size/2, size/2), what the network said of them.
+        size: Side of the crops, px.
+        shape_hw: Of the image.
+    """
+    extents = _extent(logits).mul_(MASK_STRIDE).tolist()
+    crops = zip(views, extents, strict=True)
+    return [clip_box(view.window.box_from_crop((x0, y0, x1, y1), size), shape_hw) for view, (x0, y0, x1, y1) in crops]
 
 
 def _extent(logits: Tensor) -> Tensor:

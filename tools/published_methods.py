@@ -30,7 +30,7 @@ from ros2_ood_seg.training.scorer import ScorerData
 PLAIN = "deeplab_mobilenet_v2"
 # Rates for a small network and a few hundred steps: the published ones are for 14,840 steps of a large one.
 METHOD_CHANGES = {
-    "max_entropy": {"learning_rate": 1e-4, "outlier_share": 1.0},
+    "max_entropy": {"outlier_share": 1.0},
     "dense_hybrid": {"learning_rate": 3e-4},
     "pebal": {"learning_rate": 1e-3, "outlier_share": 0.5},
     "rpl": {"learning_rate": 3e-4},

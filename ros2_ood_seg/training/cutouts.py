@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,73 @@ def procedural_cutout(rng: np.random.Generator, size_px: int) -> NDArray[np.uint
     return np.dstack([np.clip(colour * light[..., None], 0, 255).astype(np.uint8), alpha])
 
 
-def read_coco(root: Path, *, min_area_px: int = 400, whole_pictures: bool = False) -> list[Cutout]:
+@dataclass(frozen=True)
+class CocoRegion:
+    """One annotated region of a COCO picture.
+
+    Args:
+        cutout: Where it is.
+        name: Class.
+        area_px: As annotated.
+        is_thing: An object rather than background as road or sky.
+        is_crowd: Several objects in one mask.
+    """
+
+    cutout: Cutout
+    name: str
+    area_px: float
+    is_thing: bool
+    is_crowd: bool
+
+
+def coco_regions(root: Path) -> Iterator[CocoRegion]:
     """COCO instances: ``root/instances.json`` and ``images``, or as published, ``root/annotations/instances_<split>.json`` and ``<split>``.
+
+    Raises:
+        InputError: The annotation file is missing or malformed.
+    """
+    for path, pictures in coco_parts(root, "instances"):
+        tree = read_json(path)
+        with in_layout(path, "COCO instances"):
+            names = {c["id"]: c["name"] for c in tree["categories"]}
+            files = {i["id"]: pictures / i["file_name"] for i in tree["images"]}
+            for item in tree["annotations"]:
+                picture, shapes, name = files[item["image_id"]], item["segmentation"], names[item["category_id"]]
+                polygons, crowds = (_polygons(shapes), ()) if isinstance(shapes, list) else ((), (shapes,))
+                cutout = Cutout(
+                    picture, f"coco/{picture.stem}", polygons=polygons, crowds=crowds, semantic=KNOWN_CLASSES.get(name, IGNORE)
+                )
+                yield CocoRegion(cutout, name, item["area"], True, bool(item.get("iscrowd")) or not isinstance(shapes, list))
+
+
+def coco_panoptic_regions(root: Path) -> Iterator[CocoRegion]:
+    """COCO panoptic: ``root/panoptic.json``, ``panoptic`` and ``images``, or as published, ``root/annotations/panoptic_<split>.json``,
+    ``annotations/panoptic_<split>`` and ``<split>``.
+
+    Raises:
+        InputError: The annotation file is missing or malformed.
+    """
+    for path, pictures in coco_parts(root, "panoptic"):
+        tree = read_json(path)
+        with in_layout(path, "COCO panoptic"):
+            classes = {c["id"]: (c["name"], bool(c["isthing"])) for c in tree["categories"]}
+            files = {i["id"]: pictures / i["file_name"] for i in tree["images"]}
+            for item in tree["annotations"]:
+                picture, mask = files[item["image_id"]], path.with_suffix("") / item["file_name"]
+                for segment in item["segments_info"]:
+                    name, is_thing = classes[segment["category_id"]]
+                    cutout = Cutout(
+                        picture,
+                        f"coco/{picture.stem}",
+                        mask=mask,
+                        mask_id=int(segment["id"]),
+                        semantic=KNOWN_CLASSES.get(name, IGNORE),
+                    )
+                    yield CocoRegion(cutout, name, segment["area"], is_thing, bool(segment.get("iscrowd")))
+
+
+def read_coco(root: Path, *, min_area_px: int = 400, whole_pictures: bool = False) -> list[Cutout]:
+    """The objects of COCO instances; for the layout see :func:`coco_regions`.
 
     Args:
         root: The folder.
@@ -168,49 +234,30 @@ def read_coco(root: Path, *, min_area_px: int = 400, whole_pictures: bool = Fals
     Raises:
         InputError: The annotation file is missing or malformed, an image is missing, or nothing usable is left.
     """
+    if not whole_pictures:
+        return _existing(_objects(coco_regions(root), min_area_px), root)
     cutouts: list[Cutout] = []
     for path, pictures in coco_parts(root, "instances"):
         tree = read_json(path)
-        try:
+        with in_layout(path, "COCO instances"):
             names = {c["id"]: c["name"] for c in tree["categories"]}
             files = {i["id"]: pictures / i["file_name"] for i in tree["images"]}
-            if whole_pictures:
-                cutouts += _whole_pictures(tree, names, files)
-                continue
-            for item in tree["annotations"]:
-                role = _role(names[item["category_id"]])
-                shapes = item["segmentation"]
-                if item.get("iscrowd") or role is None or item["area"] < min_area_px or not isinstance(shapes, list):
-                    continue
-                picture = files[item["image_id"]]
-                cutouts.append(Cutout(picture, f"coco/{picture.stem}", polygons=_polygons(shapes), semantic=role))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"'{path}' is not in the COCO instances layout: {error!r}") from error
+            cutouts += _whole_pictures(tree, names, files)
     return _existing(cutouts, root)
 
 
 def read_coco_panoptic(root: Path, *, min_area_px: int = 400) -> list[Cutout]:
-    """COCO panoptic masks of things; crowds are left out.
+    """The objects of COCO panoptic; crowds are left out. For the layout see :func:`coco_panoptic_regions`."""
+    return _existing(_objects(coco_panoptic_regions(root), min_area_px), root)
 
-    ``root/panoptic.json``, ``panoptic`` and ``images``, or as published, ``root/annotations/panoptic_<split>.json``,
-    ``annotations/panoptic_<split>`` and ``<split>``.
-    """
-    cutouts = []
-    for path, pictures in coco_parts(root, "panoptic"):
-        tree = read_json(path)
-        try:
-            names = {c["id"]: c["name"] for c in tree["categories"] if c["isthing"]}
-            files = {i["id"]: pictures / i["file_name"] for i in tree["images"]}
-            for item in tree["annotations"]:
-                picture, mask = files[item["image_id"]], path.with_suffix("") / item["file_name"]
-                for segment in item["segments_info"]:
-                    role = _role(names[segment["category_id"]]) if segment["category_id"] in names else None
-                    if segment.get("iscrowd") or role is None or segment["area"] < min_area_px:
-                        continue
-                    cutouts.append(Cutout(picture, f"coco/{picture.stem}", mask=mask, mask_id=int(segment["id"]), semantic=role))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"'{path}' is not in the COCO panoptic layout: {error!r}") from error
-    return _existing(cutouts, root)
+
+def _objects(regions: Iterator[CocoRegion], min_area_px: int) -> list[Cutout]:
+    """Objects that can be pasted."""
+    return [
+        region.cutout
+        for region in regions
+        if region.is_thing and not region.is_crowd and region.name not in AMBIGUOUS_CLASSES and region.area_px >= min_area_px
+    ]
 
 
 def coco_parts(root: Path, kind: str) -> list[tuple[Path, Path]]:
@@ -325,8 +372,17 @@ def _decoded(crowd: Mapping[str, Any], shape_hw: tuple[int, int], picture: Path)
     return np.asarray(coco_mask.decode(compressed), np.bool_)
 
 
-def _role(name: str) -> int | None:
-    return None if name in AMBIGUOUS_CLASSES else KNOWN_CLASSES.get(name, IGNORE)
+@contextmanager
+def in_layout(path: Path, name: str) -> Iterator[None]:
+    """Says which file is not in the layout ``name`` when something that belongs to it is missing.
+
+    Raises:
+        InputError: Instead of what a missing key or another type raises.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"'{path}' is not in the {name} layout: {error!r}") from error
 
 
 def _existing(cutouts: list[Cutout], root: Path) -> list[Cutout]:

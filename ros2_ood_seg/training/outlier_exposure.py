@@ -30,6 +30,7 @@ from ros2_ood_seg.training.road_images import (
     read_rgb,
     read_road_folder,
 )
+from ros2_ood_seg.training.scenes import UNCOUNTED, Scene
 
 __all__ = [
     "IGNORE",
@@ -62,6 +63,7 @@ class PasteSettings:
     Args:
         crop_hw: Size of the samples, px.
         frame_width_px: Range of the width that a whole frame is scaled to before cropping, log-uniform.
+        scene_width_px: The same of pictures that show anomalies themselves, in which objects are larger.
         objects_per_image: Range of the number of anomalies, inclusive.
         known_per_image: Range of the number of pasted objects of known classes (labelled normal), inclusive.
         object_px: Range of an object's longest side in the sample, log-uniform.
@@ -86,6 +88,7 @@ class PasteSettings:
 
     crop_hw: tuple[int, int] = (288, 480)
     frame_width_px: tuple[float, float] = (480.0, 1600.0)
+    scene_width_px: tuple[float, float] = (300.0, 1000.0)
     objects_per_image: tuple[int, int] = (1, 4)
     known_per_image: tuple[int, int] = (0, 2)
     object_px: tuple[float, float] = (10.0, 450.0)
@@ -131,14 +134,15 @@ class PasteSettings:
             # Whatever is a single number is a chance.
             if isinstance(value, (int, float)) and not 0.0 <= value <= 1.0:
                 raise InputError(f"paste setting '{name}' is {value}, allowed: a number from 0 to 1")
-        for name in ("frame_width_px", "objects_per_image", "known_per_image", "object_px"):
+        for name in ("frame_width_px", "scene_width_px", "objects_per_image", "known_per_image", "object_px"):
             low, high = getattr(self, name)
             if low < 0 or high < low:
                 raise InputError(f"paste setting '{name}' is {(low, high)}, allowed: a range from low to high, not negative")
-        if min(self.crop_hw) < 16 or min(self.frame_width_px[0], self.object_px[0]) <= 0 or min(self.object_scales, default=1.0) <= 0:
+        sizes = (self.frame_width_px[0], self.scene_width_px[0], self.object_px[0], *self.object_scales)
+        if min(self.crop_hw) < 16 or min(sizes) <= 0:
             raise InputError(
-                f"paste settings 'crop_hw' {self.crop_hw}, 'frame_width_px' {self.frame_width_px}, 'object_px' {self.object_px} and "
-                f"'object_scales' {self.object_scales}, allowed: crops of 16 px or more, all else positive"
+                f"paste settings 'crop_hw' {self.crop_hw}, 'frame_width_px' {self.frame_width_px}, 'scene_width_px' {self.scene_width_px}, "
+                f"'object_px' {self.object_px} and 'object_scales' {self.object_scales}, allowed: crops of 16 px or more, all else positive"
             )
 
 
@@ -149,7 +153,7 @@ class RoadSample:
     Args:
         image: (H, W, 3) uint8 RGB.
         semantic: (H, W) uint8 common class, :data:`IGNORE` for unknown and on anomalies.
-        anomaly: (H, W) uint8, 0 normal, 1 anomaly, :data:`IGNORE` not counted.
+        anomaly: (H, W) uint8, 0 normal, 1 anomaly, :data:`IGNORE` not counted (only in scenes).
         instances: (H, W) int32, 0 none, k the k-th visible anomaly.
         boxes_xyxy: (N, 4) float32 px, T_box of S2M Eq. 5: tight, maximum exclusive, row k - 1 for instance k.
     """
@@ -162,10 +166,10 @@ class RoadSample:
 
 
 class OutlierExposure(Dataset[RoadSample]):
-    """Road crops with pasted objects; sample ``index`` is always the same for the same seed and data.
+    """Crops of road images and scenes with pasted objects; sample ``index`` is always the same for the same seed and data.
 
     Args:
-        roads: In-distribution frames, by source; a source is drawn with the chance of its weight.
+        roads: In-distribution frames and pictures that hold anomalies, by source; a source is drawn with the chance of its weight.
         cutouts: Objects; anomalies and known ones.
         settings: How to paste.
         seed: Seed of everything random.
@@ -178,7 +182,7 @@ class OutlierExposure(Dataset[RoadSample]):
 
     def __init__(
         self,
-        roads: Sequence[Sequence[RoadImage]],
+        roads: Sequence[Sequence[RoadImage | Scene]],
         cutouts: Sequence[Cutout],
         settings: PasteSettings,
         seed: int,
@@ -207,8 +211,12 @@ class OutlierExposure(Dataset[RoadSample]):
     def __getitem__(self, index: int) -> RoadSample:
         rng = np.random.default_rng([self.seed, index])
         source = self.roads[rng.choice(len(self.roads), p=self.chances)]
-        image, semantic = source[int(rng.integers(len(source)))].read()
-        canvas = _Canvas.cropped(image, semantic, self.settings, rng)
+        frame = source[int(rng.integers(len(source)))]
+        if isinstance(frame, Scene):
+            canvas = _Canvas.cropped(*frame.read(), self.settings.scene_width_px, self.settings, rng)
+        else:
+            image, semantic = frame.read()
+            canvas = _Canvas.cropped(image, semantic, np.zeros(semantic.shape, np.int32), self.settings.frame_width_px, self.settings, rng)
         if rng.random() < self.settings.illumination:
             canvas.relight(rng)
         jobs = [True] * _draw(rng, self.settings.objects_per_image) + [False] * (
@@ -241,33 +249,48 @@ class _Canvas:
     """A crop of a road image while objects are pasted into it; ``scale`` canvas pixels make one of the finished sample."""
 
     def __init__(
-        self, image: NDArray[np.uint8], semantic: NDArray[np.uint8], settings: PasteSettings, scale: float, horizon_y: float
+        self,
+        image: NDArray[np.uint8],
+        semantic: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        settings: PasteSettings,
+        scale: float,
+        horizon_y: float,
     ) -> None:
         self.image = image
         self.semantic = semantic
-        self.instances = np.zeros(image.shape[:2], np.int32)
+        self.instances = instances
         self.settings = settings
         self.scale = scale
         self.horizon_y = horizon_y
-        self.count = 0
+        self.count = int(instances.max(initial=0))
 
     @classmethod
-    def cropped(cls, image: NDArray[np.uint8], semantic: NDArray[np.uint8], settings: PasteSettings, rng: np.random.Generator) -> _Canvas:
+    def cropped(
+        cls,
+        image: NDArray[np.uint8],
+        semantic: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        width_px: tuple[float, float],
+        settings: PasteSettings,
+        rng: np.random.Generator,
+    ) -> _Canvas:
         height, width = image.shape[:2]
         out_h, out_w = settings.crop_hw
-        enlarge = max(_log_uniform(rng, settings.frame_width_px) / width, out_h / height, out_w / width)
+        enlarge = max(_log_uniform(rng, width_px) / width, out_h / height, out_w / width)
         h, w = min(height, round(out_h / enlarge)), min(width, round(out_w / enlarge))
         y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-        image, semantic = image[y : y + h, x : x + w].copy(), semantic[y : y + h, x : x + w].copy()
+        image, semantic, instances = (array[y : y + h, x : x + w].copy() for array in (image, semantic, instances))
         horizon_y = 0.45 * height - y
         native = enlarge > 1.0 and rng.random() < settings.native
         if not native:
-            image, semantic = _resize(image, (out_h, out_w)), _resize_labels(semantic, (out_h, out_w))
+            image = _resize(image, (out_h, out_w))
+            semantic, instances = _resize_labels(semantic, (out_h, out_w)), _resize_labels(instances, (out_h, out_w))
             horizon_y *= enlarge
             # Without the setting nothing is drawn: recipes from before it give the same samples.
             if settings.detail and enlarge > 1.0 and rng.random() < settings.detail:
                 image = _detailed(image, enlarge, rng)
-        return cls(image, semantic, settings, h / out_h if native else 1.0, horizon_y)
+        return cls(image, semantic, instances, settings, h / out_h if native else 1.0, horizon_y)
 
     def paste(self, cutout: tuple[NDArray[np.uint8], int], rng: np.random.Generator) -> None:
         rgba, semantic = cutout
@@ -359,14 +382,15 @@ class _Canvas:
             image, semantic, ids = image[:, ::-1], semantic[:, ::-1], ids[:, ::-1]
         if self.settings.augment:
             image = _photometric(np.ascontiguousarray(image), rng)
-        present = np.flatnonzero(np.bincount(ids.ravel(), minlength=self.count + 1)[1:]) + 1
+        shown = np.maximum(ids, 0)
+        present = np.flatnonzero(np.bincount(shown.ravel(), minlength=self.count + 1)[1:]) + 1
         renumber = np.zeros(self.count + 1, np.int32)
         renumber[present] = np.arange(1, len(present) + 1)
-        instances = renumber[ids]
+        instances = renumber[shown]
         return RoadSample(
             image=np.ascontiguousarray(image),
             semantic=np.ascontiguousarray(semantic),
-            anomaly=(instances > 0).astype(np.uint8),
+            anomaly=np.where(ids == UNCOUNTED, IGNORE, instances > 0).astype(np.uint8),
             instances=instances,
             boxes_xyxy=tight_boxes_xyxy(instances),
         )

@@ -36,6 +36,7 @@ from ros2_ood_seg.training.outlier_exposure import (
     read_mask_folder,
     read_road_folder,
 )
+from ros2_ood_seg.training.scenes import Scene, read_scenes
 from ros2_ood_seg.weights.store import load_into, load_weights, save_weights
 
 MAY_CHANGE = ("iterations", "workers", "checkpoint_minutes", "bfloat16")
@@ -61,6 +62,7 @@ class ScorerData:
         coco_panoptic: COCO panoptic layout.
         objects: Folders of images and masks; pictures named after VOC or after people are left out, and DAVIS sequences with people.
         held_out: Share of ``roads`` pictures and of cut-outs kept for validation and calibration.
+        scenes: Use the pictures of ``coco`` and ``coco_panoptic`` that were taken outside as they are, too, one source more of training.
         whole_pictures: COCO instances as S2M uses them, see :func:`~ros2_ood_seg.training.cutouts.read_coco`.
     """
 
@@ -72,6 +74,7 @@ class ScorerData:
     coco_panoptic: Path | None = None
     objects: Sequence[Path] = ()
     held_out: float = 0.25
+    scenes: bool = False
     whole_pictures: bool = False
 
     def read(self, *, held_out: bool) -> tuple[list[list[RoadImage]], list[Cutout]]:
@@ -97,7 +100,22 @@ class ScorerData:
             cutouts += read_mask_folder(folder, keep=_is_clean_anomaly if folder.name != "davis" else _DAVIS_ANIMALS.__contains__)
         if not sources:
             raise InputError("training needs at least one set of road images: --camvid, --idd-lite, --cityscapes or --roads")
-        return sources, [c for c in cutouts if is_held_out(c.group, self.held_out * 0.6) == held_out]
+        return sources, [c for c in cutouts if self._is_held_out(c.group) == held_out]
+
+    def read_training(self) -> tuple[list[list[RoadImage | Scene]], list[Cutout]]:
+        """The training side as :meth:`read` gives it, with the scenes as a last source.
+
+        Raises:
+            InputError: As :meth:`read`, or scenes without COCO.
+        """
+        roads, cutouts = self.read(held_out=False)
+        sources: list[list[RoadImage | Scene]] = [list(source) for source in roads]
+        if self.scenes:
+            sources.append([scene for scene in read_scenes(self.coco, self.coco_panoptic) if not self._is_held_out(scene.group)])
+        return sources, cutouts
+
+    def _is_held_out(self, group: str) -> bool:
+        return is_held_out(group, self.held_out * 0.6)
 
 
 @dataclass(frozen=True)
@@ -153,12 +171,14 @@ class Batch:
         semantic: (B, H/4, W/4) int64 class, :data:`IGNORE` for unknown.
         anomaly: (B, H/4, W/4) float32 share of anomalous pixels.
         weight: (B, H/4, W/4) float32, the anomaly share times the instance's area to the power of -1/4: small objects count too.
+        counted: (B, H/4, W/4) bool, False where some pixel is neither normal nor anomalous.
     """
 
     image: Tensor
     semantic: Tensor
     anomaly: Tensor
     weight: Tensor
+    counted: Tensor
 
 
 def collate(samples: Sequence[RoadSample]) -> Batch:
@@ -169,23 +189,29 @@ def collate(samples: Sequence[RoadSample]) -> Batch:
         per_id = np.maximum(area, 16.0) ** -0.25
         per_id[0] = 0.0
         weights.append(torch.from_numpy(per_id[sample.instances]))
-    anomaly = torch.from_numpy(np.stack([s.anomaly for s in samples]) == 1).float()
+    anomaly = np.stack([s.anomaly for s in samples])
     half = OUTPUT_STRIDE // 2
     return Batch(
         image=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2),
         semantic=torch.from_numpy(np.stack([s.semantic for s in samples])[:, half::OUTPUT_STRIDE, half::OUTPUT_STRIDE]).long(),
-        anomaly=F.avg_pool2d(anomaly[:, None], OUTPUT_STRIDE)[:, 0],
-        weight=F.avg_pool2d(torch.stack(weights)[:, None], OUTPUT_STRIDE)[:, 0],
+        anomaly=_shares(torch.from_numpy(anomaly == 1)),
+        weight=_shares(torch.stack(weights)),
+        counted=_shares(torch.from_numpy(anomaly == IGNORE)) == 0,
     )
+
+
+def _shares(labels: Tensor) -> Tensor:
+    """(B, H, W) to means over the network's output pixels."""
+    return F.avg_pool2d(labels[:, None].float(), OUTPUT_STRIDE)[:, 0]
 
 
 def scorer_loss(output: CompactOutput, batch: Batch, recipe: ScorerTraining) -> dict[str, Tensor]:
     """The terms of the loss and their sum ``total``.
 
-    Anomaly: BCE averaged over pasted pixels (0.5), over the hardest sixteenth of the others (0.4), and over all pixels (1).
+    Anomaly: BCE averaged over anomalous pixels (0.5), over the hardest sixteenth of the others (0.4), and over all pixels (1).
     """
     logit, target = output.outlier_logit.float(), batch.anomaly
-    bce = F.binary_cross_entropy_with_logits(logit, target, reduction="none")
+    bce = F.binary_cross_entropy_with_logits(logit, target, reduction="none") * batch.counted
     positive = (bce * batch.weight).sum() / batch.weight.sum().clamp_min(1e-6)
     normal = bce[target == 0]
     hard = normal.topk(max(1, normal.numel() // 16)).values.mean() if normal.numel() else bce.sum() * 0
@@ -215,7 +241,7 @@ def train_scorer(
         InputError: Unusable data or weights, or a checkpoint of another recipe, before training starts.
     """
     device = device or torch.device("cpu")
-    roads, cutouts = data.read(held_out=False)
+    sources, cutouts = data.read_training()
     validation = _validation_batches(data, recipe)
     torch.manual_seed(recipe.seed)
     net = CompactNet(encoder=recipe.encoder)
@@ -262,7 +288,7 @@ def train_scorer(
         save_weights(output / "scorer.safetensors", average.module.state_dict(), metadata, half=False)
         return quality
 
-    dataset = OutlierExposure(roads, cutouts, recipe.paste, recipe.seed, recipe.iterations * recipe.batch_size)
+    dataset = OutlierExposure(sources, cutouts, recipe.paste, recipe.seed, recipe.iterations * recipe.batch_size)
     remaining = range(loop.done, recipe.iterations)
     loop.run(batches(dataset, collate, size=recipe.batch_size, iterations=remaining, workers=recipe.workers), step, at_checkpoint)
     return output / "scorer.safetensors"
@@ -284,7 +310,7 @@ def validate(net: CompactNet, batches: Sequence[Batch], device: torch.device) ->
     confusion = torch.zeros(len(CLASS_NAMES), len(CLASS_NAMES), dtype=torch.int64)
     for batch in batches:
         result = net(batch.image.to(device, torch.float32).contiguous(memory_format=torch.channels_last))
-        counted = (batch.anomaly == 0) | (batch.anomaly > 0.5)
+        counted = ((batch.anomaly == 0) | (batch.anomaly > 0.5)) & batch.counted
         outlier.append(result.outlier_logit.cpu()[counted])
         hybrid.append((result.outlier_logit - result.class_logits.logsumexp(1)).cpu()[counted])
         target.append(batch.anomaly[counted] > 0.5)
@@ -358,7 +384,9 @@ def _validation_batches(data: ScorerData, recipe: ScorerTraining, count: int = 4
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.image, batch.semantic.to(device), batch.anomaly.to(device), batch.weight.to(device))
+    return Batch(
+        batch.image, batch.semantic.to(device), batch.anomaly.to(device), batch.weight.to(device), batch.counted.to(device)
+    )
 
 
 def _is_clean_anomaly(name: str) -> bool:

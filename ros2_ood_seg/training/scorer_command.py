@@ -59,6 +59,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--coco", type=Path, metavar="DIR", help="objects: images/ and instances.json")
     parser.add_argument("--coco-panoptic", type=Path, metavar="DIR", help="objects: images/, panoptic/ and panoptic.json")
     parser.add_argument("--objects", type=Path, nargs="+", default=[], metavar="DIR", help="objects: images/ and masks/")
+    parser.add_argument(
+        "--scenes", action="store_true", help="compact: one more source of frames, the pictures of COCO that were taken outside, as they are"
+    )
     parser.add_argument("--init", type=Path, help="weights to start from: mobilenet_v2 features, an earlier scorer, a segmentation network")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for checkpoints, log, curve and weights")
     parser.add_argument("--preview", action="store_true", help="only write preview.png with training samples")
@@ -98,15 +101,20 @@ def run(args: argparse.Namespace) -> int:
         args.coco_panoptic,
         tuple(args.objects),
         whole_pictures=args.published_pasting,
+        scenes=args.scenes,
     )
     recipe = _recipe(args)
     _check_keep_start(args)
+    if args.scenes and args.method != COMPACT:
+        raise InputError(f"--scenes is no setting of method '{args.method}': leave it out")
+    if args.scenes and not (args.coco or args.coco_panoptic):
+        raise InputError("--scenes needs --coco or --coco-panoptic, whose pictures they are")
     if args.calibration_frames < 1:
         raise InputError(f"--calibration-frames is {args.calibration_frames}, allowed: 1 or more")
     if args.preview:
         args.output.mkdir(parents=True, exist_ok=True)
-        roads, cutouts = data.read(held_out=False)
-        sheet = contact_sheet(OutlierExposure(roads, cutouts, recipe.paste, recipe.seed, 24)[k] for k in range(24))
+        sources, cutouts = data.read_training()
+        sheet = contact_sheet(OutlierExposure(sources, cutouts, recipe.paste, recipe.seed, 24)[k] for k in range(24))
         cv2.imwrite(str(args.output / "preview.png"), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
         print(args.output / "preview.png")
         return 0

@@ -48,6 +48,7 @@ from ros2_ood_seg.weights.store import load_into
 PROMPT_KINDS = ("box", "shifted_box", "point")
 """The true box; every side of it moved by up to 15 % of the box; one random pixel of the object."""
 _SHIFT = 0.15
+_STRIDE = 32
 _FAR_PX = 24.0
 _SIZES_PX = ((0, 32), (32, 96), (96, 256), (256, 100_000))
 _PANELS = (("total", "bce", "dice", "quality"), ("iou", *(f"val_{kind}" for kind in PROMPT_KINDS)))
@@ -69,6 +70,7 @@ class SegmenterTraining:
         cool_down: Share of the steps over which the learning rate falls linearly to zero.
         ema: Decay of the averaged weights, which are what is saved.
         quality_weight: Weight of the squared error of the predicted IoU.
+        width: Channels of the decoder.
         seed: Seed of weights and data.
         checkpoint_minutes: Time between checkpoints.
     """
@@ -82,8 +84,16 @@ class SegmenterTraining:
     cool_down: float = 0.35
     ema: float = 0.998
     quality_weight: float = 2.0
+    width: int = 64
     seed: int = 0
     checkpoint_minutes: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", "width"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}, allowed: a number above 0")
+        if not self.crop_sizes or any(size <= 0 or size % _STRIDE for size in self.crop_sizes):
+            raise InputError(f"crop_sizes is {self.crop_sizes}, allowed: one or more positive multiples of {_STRIDE}")
 
     def rate(self, step: int) -> float:
         """Factor of the learning rate at a step."""
@@ -146,7 +156,7 @@ def train_segmenter(
     """
     device = device or torch.device("cpu")
     torch.manual_seed(recipe.seed)
-    net = CompactNet()
+    net = CompactNet(recipe.width)
     if init is not None:
         _start_from(net, init)
     net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -349,7 +359,7 @@ def _run(args: argparse.Namespace) -> int:
         objects, backgrounds, [held_out[i] for i in chosen], recipe, args.output, init, runtime.device, provenance=provenance
     )
     if init is not None and args.keep_start:
-        path = average_with_start(path, init, args.keep_start, CompactNet(), FAMILY, half=True)
+        path = average_with_start(path, init, args.keep_start, CompactNet(recipe.width), FAMILY, half=True)
     print(path)
     return 0
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.segmenters.compact import View, network_input
 from ros2_ood_seg.segmenters.windows import Box, box_window, clip_box, point_window
-from ros2_ood_seg.training.cutouts import Cutout, coco_parts, read_json, read_mask, read_mask_folder
+from ros2_ood_seg.training.cutouts import Cutout, coco_parts, in_layout, read_json, read_mask, read_mask_folder
 from ros2_ood_seg.training.road_images import is_held_out, list_images, read_rgb
 
 Kind = Literal["box", "point", "both"]
@@ -181,7 +180,7 @@ def _reader(folder: Path) -> _Reader | None:
 def _coco(root: Path) -> Iterator[_Picture]:
     for path, folder in coco_parts(root, "instances"):
         polygons: dict[int, list[Any]] = {}
-        with _layout(path, "COCO instances"):
+        with in_layout(path, "COCO instances"):
             annotations = read_json(path)
             for annotation in annotations["annotations"]:
                 if not annotation["iscrowd"]:
@@ -198,7 +197,7 @@ def _draw_polygons(objects: list[Any], shape_hw: tuple[int, ...]) -> list[Image]
 
 def _coco_panoptic(root: Path) -> Iterator[_Picture]:
     for path, folder in coco_parts(root, "panoptic"):
-        with _layout(path, "COCO panoptic"):
+        with in_layout(path, "COCO panoptic"):
             tree = read_json(path)
             things = {category["id"] for category in tree["categories"] if category["isthing"]}
             pictures = [
@@ -225,14 +224,6 @@ def _read_masks(cutout: Cutout, shape_hw: tuple[int, ...]) -> list[Image]:
     if mask.shape != shape_hw:
         raise InputError(f"mask '{cutout.mask}' is {mask.shape[1]}x{mask.shape[0]}, its image is {shape_hw[1]}x{shape_hw[0]}")
     return [mask]
-
-
-@contextmanager
-def _layout(path: Path, name: str) -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, TypeError) as error:
-        raise InputError(f"'{path}' is not in the {name} layout: {error!r}") from error
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_loss_prefers_the_truth() -> None:
 
 def test_loss_is_finite_without_anomalies_or_labels() -> None:
     empty = torch.zeros(1, 16, 24)
-    batch = Batch(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.full((1, 16, 24), IGNORE), empty, empty)
+    batch = Batch(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.full((1, 16, 24), IGNORE), empty, empty, empty == 0)
     output = CompactOutput(torch.zeros(1, len(CLASS_NAMES), 16, 24, requires_grad=True), torch.zeros(1, 16, 24, requires_grad=True))
     loss = scorer_loss(output, batch, RECIPE)["total"]
     loss.backward()

@@ -135,3 +135,18 @@ def test_refused_averages(arguments: list[str], message: str, data_dir: Path, tm
     assert main(["train", "scorer", *data, *(text.format(base=base) for text in arguments)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "log.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scenes"], "--scenes needs --coco or --coco-panoptic"),
+        (["--scenes", "--coco", "{data}/coco", "--method", "pebal"], "--scenes is no setting of method 'pebal'"),
+        (["--coco", "{data}/coco", "--paste-scene-width-px", "0", "100"], "'scene_width_px' (0.0, 100.0)"),
+    ],
+)
+def test_refused_scenes(arguments: list[str], message: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--camvid", str(data_dir / "camvid"), "--objects", str(data_dir / "grabcut"), "--output", str(tmp_path / "out"), "--workers", "0"]
+    assert main(["train", "scorer", *data, *(text.format(data=data_dir) for text in arguments)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "log.csv").exists()

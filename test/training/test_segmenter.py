@@ -3,7 +3,9 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 from torchvision.models import mobilenet_v2
 
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.segmenters.compact import load_network
 from ros2_ood_seg.segmenters.networks.compact import CompactNet
 from ros2_ood_seg.training.segmenter import (
     PROMPT_KINDS,
@@ -213,3 +216,22 @@ def test_the_command_needs_objects(tmp_path: Path) -> None:
     args = parse("--evaluate", "grabcut", "--output", str(tmp_path / "r.json"), "--device", "cpu")
     with pytest.raises(InputError, match="--evaluate needs --objects or --labelled"):
         args.run(args)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"iterations": 0}, "iterations is 0, allowed: a number above 0"),
+        ({"width": -8}, "width is -8"),
+        ({"crop_sizes": (96, 100)}, r"crop_sizes is \(96, 100\), allowed: one or more positive multiples of 32"),
+        ({"crop_sizes": ()}, "crop_sizes is"),
+    ],
+)
+def test_recipes_that_cannot_be_trained(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(TINY, **changes)
+
+
+def test_width_is_found_again(tmp_path: Path) -> None:
+    path = train_segmenter([shape_object(0)], [], [], replace(TINY, width=16), tmp_path)
+    assert load_network(str(path)).width == 16

@@ -28,7 +28,7 @@ from ros2_ood_seg.training.published import METHODS, train_published
 from ros2_ood_seg.training.scorer import ScorerData
 
 PLAIN = "deeplab_mobilenet_v2"
-# Rates for a small network and a few hundred steps: the published ones are for 14,840 steps of a large one.
+# For a small network and a few hundred steps: most published rates are for 14,840 steps of a large one.
 METHOD_CHANGES = {
     "max_entropy": {"outlier_share": 1.0},
     "dense_hybrid": {"learning_rate": 3e-4},

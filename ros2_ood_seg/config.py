@@ -196,7 +196,10 @@ class FusionConfig(_Settings):
         "says which value leaves one instance above 0.5 in 20 ordinary frames",
     )
     min_score: float = Field(
-        0.0, ge=0.0, le=1.0, description="Instances with a lower reported score are dropped; half_score says what is reported"
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Masks with a lower reported score (see half_score) are no instances; S2M leaves them out of its map, too",
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ros2_ood_seg.config import FusionConfig
 from ros2_ood_seg.fusion.ensemble import ensemble
 from ros2_ood_seg.fusion.nms import drop_contained, greedy_nms
-from ros2_ood_seg.fusion.overlaps import mask_scored, measure_masks
+from ros2_ood_seg.fusion.overlaps import mask_scored, measure_masks, strong
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Fused, Masks, Prompts, ScoreMap
 
@@ -21,6 +21,7 @@ class HybridFusion:
     counts with its full confidence, and a point's mask with that of a box that found the same object, so that both kinds compete on one
     scale. The ensemble adds m as in UGainS: the detector says which masks there are, not how anomalous their pixels are.
     A mask that lies in a better one counts in the ensemble but is no instance of its own: points give parts of what boxes give whole.
+    Neither is one that scores below ``min_score``.
     """
 
     def __init__(self, config: FusionConfig) -> None:
@@ -38,9 +39,9 @@ class HybridFusion:
         scores = torch.lerp(calibration.to_unit(measures.mean_score), support, config.box_weight)
         scores = mask_scored(config, scores, masks.quality)
         kept = greedy_nms(iou, scores, config.nms_iou)
-        kept = kept[measures.usable(config, scores)[kept]]
+        kept = kept[measures.usable(config)[kept]]
         refined = ensemble(config, score_map, masks, measures, kept, measures.mean_score[kept], ignore)
-        whole = drop_contained(measures.inside(), kept, config.nms_containment)
+        whole = drop_contained(measures.inside(), kept[strong(config, scores)[kept]], config.nms_containment)
         return Fused(measures.instances(config, masks, whole, scores, measures.mean_score), refined)
 
 

@@ -63,10 +63,9 @@ class MaskMeasures:
             track_ids=torch.zeros_like(order),
         )
 
-    def usable(self, config: FusionConfig, scores: Tensor) -> Tensor:
-        """(N,) bool: not too small, not on the ignore mask, and with a reported score of at least ``min_score``."""
-        large = self.area_px >= config.min_area_px
-        return large & (self.ignored_px < config.ignore_overlap_px) & (reported(config, scores) >= config.min_score)
+    def usable(self, config: FusionConfig) -> Tensor:
+        """(N,) bool: not too small and not on the ignore mask."""
+        return (self.area_px >= config.min_area_px) & (self.ignored_px < config.ignore_overlap_px)
 
 
 def mask_scored(config: FusionConfig, scores: Tensor, quality: Tensor) -> Tensor:
@@ -89,6 +88,16 @@ def reported(config: FusionConfig, scores: Tensor) -> Tensor:
     """
     half = config.half_score
     return torch.where(scores < half, 0.5 * scores / half, 1.0 - 0.5 * (1.0 - scores) / (1.0 - half))
+
+
+def strong(config: FusionConfig, scores: Tensor) -> Tensor:
+    """(N,) bool: the reported score is at least ``min_score``.
+
+    Args:
+        config: Half score and least score.
+        scores: (N,) in [0, 1].
+    """
+    return reported(config, scores) >= config.min_score
 
 
 def measure_masks(masks: Tensor, scores: Tensor, ignore: Tensor | None = None, empty_score: float = 0.0) -> MaskMeasures:

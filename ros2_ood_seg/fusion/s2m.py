@@ -8,7 +8,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ros2_ood_seg.config import FusionConfig
-from ros2_ood_seg.fusion.overlaps import MaskMeasures, mask_scored, measure_masks, reported
+from ros2_ood_seg.fusion.overlaps import MaskMeasures, mask_scored, measure_masks, reported, strong
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Fused, Instances, Masks, Prompts, ScoreMap
 
@@ -34,7 +34,7 @@ class S2mFusion:
         mean = calibration.to_unit(measures.mean_score)
         confidence = torch.cat([prompts.confidence, mean[prompts.num_boxes :]])
         scores = mask_scored(config, torch.lerp(mean, confidence, config.box_weight), masks.quality)
-        usable = measures.usable(config, scores)
+        usable = measures.usable(config) & strong(config, scores)
         if config.compat == "paper":
             order = torch.argsort(confidence, descending=True, stable=True)
         else:

@@ -7,7 +7,7 @@ from torch import Tensor
 from ros2_ood_seg.config import FusionConfig
 from ros2_ood_seg.fusion.ensemble import ensemble
 from ros2_ood_seg.fusion.nms import drop_contained, greedy_nms
-from ros2_ood_seg.fusion.overlaps import mask_scored, measure_masks
+from ros2_ood_seg.fusion.overlaps import mask_scored, measure_masks, strong
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Fused, Masks, Prompts, ScoreMap
 
@@ -18,8 +18,8 @@ _EMPTY_SCORE = -1.0
 class UgainsFusion:
     """Ranks masks by their mean score; see :func:`ros2_ood_seg.fusion.ensemble.ensemble` for the refined map.
 
-    As published with ``quality_power: 0`` and ``nms_containment: 1``. Otherwise a doubtful mask ranks lower, and a part of a better mask
-    counts in the ensemble but is no instance of its own.
+    As published with ``quality_power: 0``, ``nms_containment: 1`` and ``min_score: 0``. Otherwise a doubtful mask ranks lower, and a
+    part of a better mask, or one of low score, counts in the ensemble but is no instance of its own.
     """
 
     def __init__(self, config: FusionConfig) -> None:
@@ -33,9 +33,9 @@ class UgainsFusion:
         # Calibrated scores end at 1, so the published ranking is by raw ones.
         ranking = scores if config.quality_power else measures.mean_score
         kept = greedy_nms(measures.iou(), ranking, config.nms_iou)
-        kept = kept[measures.usable(config, scores)[kept]]
+        kept = kept[measures.usable(config)[kept]]
         refined = ensemble(config, score_map, masks, measures, kept, measures.mean_score[kept], ignore)
-        whole = drop_contained(measures.inside(), kept, config.nms_containment)
+        whole = drop_contained(measures.inside(), kept[strong(config, scores)[kept]], config.nms_containment)
         return Fused(measures.instances(config, masks, whole, scores, measures.mean_score), refined)
 
 

@@ -190,14 +190,14 @@ def coco_regions(root: Path) -> Iterator[CocoRegion]:
             for item in tree["annotations"]:
                 picture, shapes, name = files[item["image_id"]], item["segmentation"], names[item["category_id"]]
                 polygons, crowds = (_polygons(shapes), ()) if isinstance(shapes, list) else ((), (shapes,))
-                cutout = Cutout(
-                    picture, f"coco/{picture.stem}", polygons=polygons, crowds=crowds, semantic=KNOWN_CLASSES.get(name, IGNORE)
-                )
+                cutout = Cutout(picture, f"coco/{picture.stem}", polygons=polygons, crowds=crowds, semantic=KNOWN_CLASSES.get(name, IGNORE))
                 yield CocoRegion(cutout, name, item["area"], True, bool(item.get("iscrowd")) or not isinstance(shapes, list))
 
 
 def coco_panoptic_regions(root: Path) -> Iterator[CocoRegion]:
-    """COCO panoptic: ``root/panoptic.json``, ``panoptic`` and ``images``, or as published, ``root/annotations/panoptic_<split>.json``,
+    """COCO panoptic.
+
+    ``root/panoptic.json``, ``panoptic`` and ``images``, or as published, ``root/annotations/panoptic_<split>.json``,
     ``annotations/panoptic_<split>`` and ``<split>``.
 
     Raises:

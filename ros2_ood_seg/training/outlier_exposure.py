@@ -280,7 +280,8 @@ class _Canvas:
         enlarge = max(_log_uniform(rng, width_px) / width, out_h / height, out_w / width)
         h, w = min(height, round(out_h / enlarge)), min(width, round(out_w / enlarge))
         y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-        image, semantic, instances = (array[y : y + h, x : x + w].copy() for array in (image, semantic, instances))
+        window = slice(y, y + h), slice(x, x + w)
+        image, semantic, instances = image[window].copy(), semantic[window].copy(), instances[window].copy()
         horizon_y = 0.45 * height - y
         native = enlarge > 1.0 and rng.random() < settings.native
         if not native:

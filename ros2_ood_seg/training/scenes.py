@@ -18,7 +18,6 @@ from ros2_ood_seg.training.cutouts import (
     AMBIGUOUS_CLASSES,
     KNOWN_CLASSES,
     CocoRegion,
-    Cutout,
     coco_panoptic_regions,
     coco_regions,
 )
@@ -26,6 +25,9 @@ from ros2_ood_seg.training.road_images import IGNORE, evenly_spread, read_rgb
 
 UNCOUNTED = -1
 """Instance id of pixels that are neither normal nor anomalous."""
+
+VEHICLES = 3
+"""Their in-distribution class. COCO's hold old-timers, fire engines and tractors, which are to stay unusual, so none of them counts."""
 
 STUFF_CLASSES = {
     "road": 0,
@@ -36,11 +38,15 @@ STUFF_CLASSES = {
 }
 """Background classes of COCO panoptic, all of them outside, with their in-distribution class."""
 
-OUTDOOR_CLASSES = frozenset(STUFF_CLASSES) | (frozenset(KNOWN_CLASSES) - {"person"}) | frozenset(
-    (
-        *("airplane", "boat", "bird", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "fire hydrant", "parking meter"),
-        *("frisbee", "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard"),
-        "tennis racket",
+OUTDOOR_CLASSES = (
+    frozenset(STUFF_CLASSES)
+    | (frozenset(KNOWN_CLASSES) - {"person"})
+    | frozenset(
+        (
+            *("airplane", "boat", "bird", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "fire hydrant", "parking meter"),
+            *("frisbee", "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard"),
+            "tennis racket",
+        )
     )
 )
 """A picture that shows one of these COCO classes was taken outside, unless it also shows one of :data:`INDOOR_CLASSES`."""
@@ -75,7 +81,7 @@ class Scene:
 
         Returns:
             (H, W, 3) uint8 RGB; (H, W) uint8 common class, :data:`IGNORE` where unknown; (H, W) int32 ids of anomalies from 1, 0 where
-            normal, :data:`UNCOUNTED` where it may be either: crowds and ambiguous classes. Pixels outside all regions are normal.
+            normal, :data:`UNCOUNTED` where it may be either: crowds, vehicles and ambiguous classes. Pixels outside all regions are normal.
 
         Raises:
             InputError: An unreadable file, or a mask that is empty or of another size.
@@ -91,7 +97,10 @@ class Scene:
                 continue
             known = region.cutout.semantic if region.is_thing else STUFF_CLASSES.get(region.name, IGNORE)
             semantic[inside] = known
-            instances[inside] = index if region.is_thing and known == IGNORE else 0
+            if known == VEHICLES:
+                instances[inside] = UNCOUNTED
+            else:
+                instances[inside] = index if region.is_thing and known == IGNORE else 0
         return image, semantic, instances
 
 
@@ -108,7 +117,9 @@ def read_scenes(coco: Path | None, coco_panoptic: Path | None) -> list[Scene]:
     sources = [(coco, coco_regions), (coco_panoptic, coco_panoptic_regions)]
     scenes = [scene for root, regions in sources if root is not None for scene in _outside(regions(root))]
     if not scenes:
-        raise InputError(f"no pictures taken outside in '{coco}' and '{coco_panoptic}': name COCO instances or panoptic masks that hold some")
+        raise InputError(
+            f"no pictures taken outside in '{coco}' and '{coco_panoptic}': name COCO instances or panoptic masks that hold some"
+        )
     for scene in evenly_spread(scenes):
         scene.read()
     return scenes

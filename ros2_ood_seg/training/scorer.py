@@ -384,9 +384,7 @@ def _validation_batches(data: ScorerData, recipe: ScorerTraining, count: int = 4
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(
-        batch.image, batch.semantic.to(device), batch.anomaly.to(device), batch.weight.to(device), batch.counted.to(device)
-    )
+    return Batch(batch.image, batch.semantic.to(device), batch.anomaly.to(device), batch.weight.to(device), batch.counted.to(device))
 
 
 def _is_clean_anomaly(name: str) -> bool:

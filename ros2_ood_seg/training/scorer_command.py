@@ -60,7 +60,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--coco-panoptic", type=Path, metavar="DIR", help="objects: images/, panoptic/ and panoptic.json")
     parser.add_argument("--objects", type=Path, nargs="+", default=[], metavar="DIR", help="objects: images/ and masks/")
     parser.add_argument(
-        "--scenes", action="store_true", help="compact: one more source of frames, the pictures of COCO that were taken outside, as they are"
+        "--scenes",
+        action="store_true",
+        help="compact: one more source of frames, the pictures of COCO that were taken outside, as they are",
     )
     parser.add_argument("--init", type=Path, help="weights to start from: mobilenet_v2 features, an earlier scorer, a segmentation network")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for checkpoints, log, curve and weights")

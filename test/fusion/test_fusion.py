@@ -171,6 +171,17 @@ def test_small_and_weak_instances_are_dropped(name: str) -> None:
     assert fuse(name, masks, scores, confidence=[0.9, 0.2], min_score=0.6).instances.area_px.tolist() == [100]
 
 
+@pytest.mark.parametrize("name", ["ugains", "hybrid"])
+def test_weak_masks_count_in_the_ensemble(name: str) -> None:
+    masks = mask_of((0, 0, 10, 10), (20, 20, 30, 30))
+    scores = torch.full((HEIGHT, WIDTH), -4.0)
+    scores[:10, :10], scores[20:30, 20:30] = 3.0, 1.0
+    every, strong = (fuse(name, masks, scores, [0.9, 0.2], min_score=least, quality_power=0.0) for least in (0.0, 0.7))
+    assert [len(every.instances), len(strong.instances)] == [2, 1]
+    assert torch.equal(every.refined, strong.refined)
+    assert (every.refined[20:30, 20:30] > 1.0).all()
+
+
 @pytest.mark.parametrize("name", FUSIONS.names)
 def test_half_score_changes_scores_and_nothing_else(name: str) -> None:
     masks, scores = random_masks(5, 8), random_scores(5)

@@ -25,7 +25,13 @@ def rectangle(picture: int, category: int, x0: int, y0: int, x1: int, y1: int) -
 def crowd(picture: int, category: int, rows: int) -> dict[str, Any]:
     """The upper rows of a 60x80 picture; COCO's run lengths go down the columns, background first."""
     counts = [0, *([rows, 60 - rows] * 80)]
-    return {"image_id": picture, "category_id": category, "area": rows * 80, "iscrowd": 1, "segmentation": {"counts": counts, "size": [60, 80]}}
+    return {
+        "image_id": picture,
+        "category_id": category,
+        "area": rows * 80,
+        "iscrowd": 1,
+        "segmentation": {"counts": counts, "size": [60, 80]},
+    }
 
 
 @pytest.fixture

@@ -146,7 +146,16 @@ def test_refused_averages(arguments: list[str], message: str, data_dir: Path, tm
     ],
 )
 def test_refused_scenes(arguments: list[str], message: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = ["--camvid", str(data_dir / "camvid"), "--objects", str(data_dir / "grabcut"), "--output", str(tmp_path / "out"), "--workers", "0"]
+    data = [
+        "--camvid",
+        str(data_dir / "camvid"),
+        "--objects",
+        str(data_dir / "grabcut"),
+        "--output",
+        str(tmp_path / "out"),
+        "--workers",
+        "0",
+    ]
     assert main(["train", "scorer", *data, *(text.format(data=data_dir) for text in arguments)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "log.csv").exists()

@@ -99,6 +99,13 @@ def test_labels_of_instances(coco: Path) -> None:
     assert semantic[55, 70] == IGNORE
 
 
+def test_vehicles_have_a_class_but_are_neither_normal_nor_anomalous(coco: Path) -> None:
+    _, semantic, instances = read_scenes(coco, None)[1].read()
+    assert semantic[20, 20] == 3
+    assert instances[20, 20] == UNCOUNTED
+    assert instances[5, 5] == 0
+
+
 def test_labels_of_panoptic_masks(panoptic: Path) -> None:
     _, semantic, instances = read_scenes(None, panoptic)[0].read()
     assert semantic[5, 5] == 6

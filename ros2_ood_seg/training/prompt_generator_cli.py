@@ -36,6 +36,7 @@ class MapRecipe:
         negatives: Share of frames without any pasted anomaly.
         unseen: Share of maps from frames and objects that the scorer was not trained on; its scores there are as weak as in the field.
         paste: How objects are pasted; the scorer sees the samples at their own width.
+        scenes: Share of maps of COCO's pictures taken outside, as they are: what the scorer makes of objects where they belong.
     """
 
     count: int
@@ -43,17 +44,18 @@ class MapRecipe:
     negatives: float
     unseen: float
     paste: PasteSettings
+    scenes: float = 0.0
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.width < 32:
             raise InputError(f"{self.count} score maps of width {self.width} px, allowed: 1 or more, 32 px or more")
-        for name in ("negatives", "unseen"):
+        for name in ("negatives", "unseen", "scenes"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"'{name}' is {getattr(self, name)}, allowed: a number from 0 to 1")
 
 
 # What was fixed before it became a setting, for folders of maps made then.
-_DEFAULTS = {"paste": asdict(PasteSettings())}
+_DEFAULTS = {"paste": asdict(PasteSettings()), "scenes": 0.0}
 
 # Like a frame 1024 px wide at the scorer and 640 px at the detector, but only three quarters of it: cheaper to score.
 _COMPACT_MAPS = MapRecipe(
@@ -75,11 +77,21 @@ class ExposedFrames:
         recipe: Shares.
         held_out: Samples that will measure recall.
         seed: Seed of the choices.
+        scenes: Pictures that show objects of their own; needed where the recipe asks for some.
     """
 
-    def __init__(self, seen: OutlierExposure, unseen: OutlierExposure, recipe: MapRecipe, held_out: int, seed: int) -> None:
+    def __init__(
+        self,
+        seen: OutlierExposure,
+        unseen: OutlierExposure,
+        recipe: MapRecipe,
+        held_out: int,
+        seed: int,
+        scenes: OutlierExposure | None = None,
+    ) -> None:
         self._sides = [(side, _without_anomalies(side)) for side in (seen, unseen)]
         self._recipe, self._held_out, self._seed = recipe, held_out, seed
+        self._scenes = scenes
         self.width = recipe.width
         """Width of their score maps, px."""
 
@@ -88,8 +100,11 @@ class ExposedFrames:
 
     def __getitem__(self, index: int) -> RoadSample:
         rng = np.random.default_rng([self._seed, index])
-        unseen = rng.random() < self._recipe.unseen or index >= len(self) - self._held_out
+        measures = index >= len(self) - self._held_out
+        unseen = rng.random() < self._recipe.unseen or measures
         negative = rng.random() < self._recipe.negatives
+        if self._scenes is not None and rng.random() < self._recipe.scenes and not measures:
+            return self._scenes[index]
         return self._sides[unseen][negative][index]
 
 
@@ -114,7 +129,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     for name, content in {"coco": "instances", "coco-panoptic": "panoptic"}.items():
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"objects in the COCO layout, {content}")
     parser.add_argument("--objects", type=Path, nargs="*", default=[], metavar="DIR", help="objects: folders with images/ and masks/")
-    for name, kind in (("count", int), ("width", int), ("negatives", float), ("unseen", float)):
+    for name, kind in (("count", int), ("width", int), ("negatives", float), ("unseen", float), ("scenes", float)):
         parser.add_argument(f"--map-{name}", type=kind, help=f"score maps: {name} (s2m: {getattr(MAP_PRESETS['s2m'], name)})")
     add_paste_settings(parser, MAP_PRESETS["s2m"].paste, "pasting (s2m: %s)")
     for field in fields(PromptTraining):
@@ -190,7 +205,7 @@ def recipes(args: argparse.Namespace) -> tuple[PromptTraining, MapRecipe]:
     """The preset with what the command line changes."""
     changes = {f.name: getattr(args, f.name) for f in fields(PromptTraining) if getattr(args, f.name, None) is not None}
     pairs = {name: tuple(value) for name, value in changes.items() if isinstance(value, list)}
-    names = ("count", "width", "negatives", "unseen")
+    names = ("count", "width", "negatives", "unseen", "scenes")
     map_changes = {name: getattr(args, f"map_{name}") for name in names if getattr(args, f"map_{name}") is not None}
     recipe = replace(PRESETS[args.preset], **{**changes, **pairs})
     map_recipe = MAP_PRESETS[args.preset]
@@ -208,6 +223,8 @@ def exposed_frames(args: argparse.Namespace, map_recipe: MapRecipe, recipe: Prom
     """
     if map_recipe.paste.procedural < 1.0 and not (args.coco or args.coco_panoptic or args.objects):
         raise InputError("there are no objects to paste: name --coco, --coco-panoptic or --objects, or set --paste-procedural 1")
+    if map_recipe.scenes and not (args.coco or args.coco_panoptic):
+        raise InputError("--map-scenes needs --coco or --coco-panoptic, whose pictures they are")
     data = ScorerData(args.camvid, args.idd_lite, args.cityscapes, args.roads, args.coco, args.coco_panoptic, args.objects)
     if map_recipe.paste.object_scales:
         data = replace(data, whole_pictures=True)
@@ -221,9 +238,17 @@ def exposed_frames(args: argparse.Namespace, map_recipe: MapRecipe, recipe: Prom
         if map_recipe.paste.procedural < 1.0 and not any(cutout.is_anomaly for cutout in cutouts):
             raise InputError(f"there are no objects {side}, 15 of 100 are held out by name: give more")
         sides.append(OutlierExposure(roads, cutouts, map_recipe.paste, recipe.seed, map_recipe.count))
-    return ExposedFrames(sides[0], sides[1], map_recipe, recipe.held_out, recipe.seed)
+    scenes = None
+    if map_recipe.scenes:
+        pictures = replace(data, scenes=True).read_training()[0][-1]
+        scenes = OutlierExposure([pictures], [], _nothing_pasted(map_recipe.paste), recipe.seed, map_recipe.count)
+    return ExposedFrames(sides[0], sides[1], map_recipe, recipe.held_out, recipe.seed, scenes)
+
+
+def _nothing_pasted(paste: PasteSettings) -> PasteSettings:
+    return replace(paste, objects_per_image=(0, 0))
 
 
 def _without_anomalies(data: OutlierExposure) -> OutlierExposure:
-    settings = replace(data.settings, objects_per_image=(0, 0))
+    settings = _nothing_pasted(data.settings)
     return OutlierExposure(data.roads, data.known, settings, data.seed, data.length, data.chances.tolist())

@@ -20,6 +20,7 @@ from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.scorers.base import Scorer
 from ros2_ood_seg.training.loop import changes
 from ros2_ood_seg.training.outlier_exposure import RoadSample
+from ros2_ood_seg.training.road_images import IGNORE
 from ros2_ood_seg.types import Calibration
 
 SHARD_SIZE = 50
@@ -52,10 +53,10 @@ class LabelledMap:
 
 
 def score_sample(sample: RoadSample, scorer: Scorer, width: int, device: torch.device) -> tuple[LabelledMap, Calibration]:
-    """Scores one image and scales map and boxes.
+    """Scores one image and scales map and boxes. Pixels that do not count as either get the lowest score: no box is to be found there.
 
     Args:
-        sample: Image, instances and their boxes.
+        sample: Image, instances and their boxes, and what does not count.
         scorer: Frozen.
         width: Width of the stored map, px.
         device: Where the scorer runs.
@@ -65,7 +66,9 @@ def score_sample(sample: RoadSample, scorer: Scorer, width: int, device: torch.d
     peaks = torch.zeros(len(sample.boxes_xyxy) + 1, device=device)
     peaks.scatter_reduce_(0, instances.ravel(), score_map.calibrated().ravel(), "amax")
     height = max(1, round(score_map.shape_hw[0] * width / score_map.shape_hw[1]))
-    scores = F.interpolate(score_map.scores[None, None], size=(height, width), mode="bilinear", antialias=True)[0, 0]
+    uncounted = torch.from_numpy(sample.anomaly == IGNORE).to(device)
+    counted = score_map.scores.masked_fill(uncounted, score_map.calibration.raw[0])
+    scores = F.interpolate(counted[None, None], size=(height, width), mode="bilinear", antialias=True)[0, 0]
     scale = np.array([width / score_map.shape_hw[1], height / score_map.shape_hw[0]] * 2, np.float32)
     return LabelledMap(scores.cpu().numpy(), sample.boxes_xyxy * scale, peaks[1:].cpu().numpy()), score_map.calibration
 

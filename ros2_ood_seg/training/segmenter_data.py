@@ -31,8 +31,9 @@ Image = NDArray[np.uint8]
 MIN_AREA_PX = 300
 """Smaller objects have too coarse masks to learn from."""
 _HELD_OUT = 0.125
-# Half of the largest window of a point, in lengths of the object.
-_MOST_CONTEXT = 3.4
+# Sides of a point's window, in lengths of the object: a window says nothing of the object's size, so the network has to see
+# windows that hold only a part, or the object as a speck, to promise little there.
+_POINT_WINDOWS = (1 / 6, 12.0)
 _SOURCE_WEIGHTS = {"coco": 0.5, "coco_panoptic": 0.2, "davis": 0.2, "grabcut": 0.1}
 # Fishyscapes Static pastes objects of PASCAL VOC, so its pictures are left out: "bike_2007_000364".
 _VOC = re.compile(r"_20\d\d_\d{6}$")
@@ -305,7 +306,7 @@ def _view(item: SegmentedObject, kind: Kind, rng: np.random.Generator) -> View:
     shape_hw = (item.image.shape[0], item.image.shape[1])
     point = None if kind == "box" else random_point(item, rng, interior=0.6)
     if point is not None and kind == "point":
-        side = max(item.mask.shape) * np.exp(rng.uniform(np.log(1 / 1.4), np.log(2 * _MOST_CONTEXT)))
+        side = max(item.mask.shape) * np.exp(rng.uniform(*np.log(_POINT_WINDOWS)))
         return View(point_window(*point, float(np.clip(side, 16, max(16, *shape_hw)))), point_xy=point)
     box = clip_box(jitter_box(item.box_xyxy, _jitter(rng)), shape_hw) or item.box_xyxy
     return View(box_window(box), box_xyxy=box, point_xy=point)
@@ -350,7 +351,7 @@ def rescale(item: SegmentedObject, scale: float) -> SegmentedObject:
 
 def _surroundings(item: SegmentedObject) -> SegmentedObject:
     """The object in as much of its image as any window around it can show."""
-    margin = int(_MOST_CONTEXT * max(item.mask.shape)) + 1
+    margin = int(_POINT_WINDOWS[1] / 2 * max(item.mask.shape)) + 1
     left, top = max(item.x - margin, 0), max(item.y - margin, 0)
     image = item.image[top : item.y + item.mask.shape[0] + margin, left : item.x + item.mask.shape[1] + margin]
     return replace(item, image=image, x=item.x - left, y=item.y - top)

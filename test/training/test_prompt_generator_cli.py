@@ -87,6 +87,39 @@ def test_last_samples_hold_out_and_some_have_no_anomaly(arguments: list[str], tm
     np.testing.assert_array_equal(frames[59].image, frames[59].image)
 
 
+def test_scenes_show_objects_of_their_own(arguments: list[str], tmp_path: Path) -> None:
+    coco = write_scenes(tmp_path / "coco", 12)
+    words = [*arguments, "--coco", str(coco), "--output", str(tmp_path), "--held-out", "4", "--map-count", "30", "--map-negatives", "1"]
+    plain = ["--paste-illumination", "0", "--no-paste-augment", "--paste-scene-width-px", "90", "96"]
+    for share in ("0", "1"):
+        args = parse([*words, *plain, "--map-scenes", share])
+        recipe, map_recipe = recipes(args)
+        frames = exposed_frames(args, map_recipe, recipe)
+        assert all(len(frames[k].boxes_xyxy) == int(share) for k in range(26))
+        # Recall is measured on what the scorer never saw, without scenes.
+        assert all(len(frames[k].boxes_xyxy) == 0 for k in range(26, 30))
+        green = [(frames[k].image[..., 1] == 200).mean() for k in range(26)]
+        assert all(share == "1" and part > 0.1 or share == "0" and part < 0.1 for part in green)
+
+
+def write_scenes(root: Path, count: int) -> Path:
+    """COCO pictures of a zebra on a green field."""
+    (root / "images").mkdir(parents=True)
+    box = [30, 20, 30, 50, 60, 50, 60, 20]
+    for k in range(count):
+        picture = np.full((60, 90, 3), (50, 200, 50), np.uint8)
+        picture[20:50, 30:60] = 255
+        cv2.imwrite(str(root / "images" / f"{k}.png"), picture)
+    zebra = {"category_id": 1, "area": 900, "iscrowd": 0, "segmentation": [box]}
+    tree = {
+        "images": [{"id": k, "file_name": f"{k}.png"} for k in range(count)],
+        "categories": [{"id": 1, "name": "zebra"}],
+        "annotations": [{**zebra, "image_id": k} for k in range(count)],
+    }
+    (root / "instances.json").write_text(json.dumps(tree))
+    return root
+
+
 def test_published_defaults_and_changes(tmp_path: Path) -> None:
     recipe, map_recipe = recipes(parse(["--output", str(tmp_path), "--noise", "0.04", "--steps", "5", "9", "--scale", "0.5", "2"]))
     assert (recipe.noise, recipe.steps, recipe.scale) == (0.04, (5, 9), (0.5, 2.0))
@@ -139,6 +172,8 @@ def test_textures_alone_are_enough(arguments: list[str], tmp_path: Path) -> None
     [
         (["--held-out", "12"], "fewer than the 12 score maps"),
         (["--map-negatives", "2"], "'negatives' is 2.0"),
+        (["--map-scenes", "-1"], "'scenes' is -1.0"),
+        (["--map-scenes", "0.5"], "--map-scenes needs --coco"),
         (["--map-count", "0"], "0 score maps"),
         (["--camvid", "nowhere"], "nowhere"),
         (["--scorer-weights", "nowhere.pth"], "no weights 'nowhere.pth'"),

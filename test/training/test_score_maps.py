@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.training.outlier_exposure import RoadSample, tight_boxes_xyxy
+from ros2_ood_seg.training.road_images import IGNORE
 from ros2_ood_seg.training.score_maps import SHARD_SIZE, ScoreMaps, check_recipe, score_sample, write_score_maps
 from ros2_ood_seg.types import Calibration, ScoreMap
 
@@ -57,6 +59,16 @@ def test_boxes_are_x_then_y_in_the_pixels_of_the_stored_map() -> None:
     rows, columns = np.nonzero(entry.scores > -8.0)
     assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (50, 3, 70, 8)
     assert calibration.raw == (-10.0, 0.0)
+
+
+def test_pixels_that_do_not_count_are_dark() -> None:
+    sample = Rectangles(2)[1]
+    crowd = np.zeros_like(sample.anomaly)
+    crowd[30:50, 20:60] = IGNORE
+    bright = np.where(crowd[..., None] == IGNORE, np.uint8(255), sample.image)
+    entry, calibration = score_sample(replace(sample, image=bright, anomaly=sample.anomaly | crowd), RedScorer(), 80, CPU)
+    assert (entry.scores[16:24, 11:29] == calibration.raw[0]).all()
+    assert entry.scores[5, 60] > calibration.raw[0]
 
 
 def test_interrupted_run_goes_on_and_equals_an_uninterrupted_one(tmp_path: Path) -> None:

@@ -164,6 +164,17 @@ def test_samples_show_the_object_at_the_prompt(seed: int, size: int) -> None:
             assert covered > 0.5
 
 
+def test_windows_of_points_hold_from_a_part_of_the_object_to_a_speck() -> None:
+    batch = SampleMaker([shape_object(k, 480, 640) for k in range(4)]).batch(200, 64, np.random.default_rng(0))
+    points = [k for k, crop in enumerate(batch.crops) if crop[3].max() <= 0 < crop[4].max()]
+    assert 50 <= len(points) <= 110
+    shown = batch.targets[points].mean(dim=(1, 2, 3))
+    assert (batch.hidden[points] > 2 * shown).sum() >= 5
+    assert (shown < 0.01).sum() >= 5
+    boxes = [k for k in range(200) if k not in points]
+    assert (batch.hidden[boxes] < 0.2).all()
+
+
 def test_samples_are_a_function_of_the_generator() -> None:
     maker = SampleMaker([shape_object(k) for k in range(4)], [np.full((100, 140, 3), 120, np.uint8)])
     first, second, other = (maker.batch(4, 32, np.random.default_rng(seed)) for seed in (1, 1, 2))

@@ -99,7 +99,7 @@ def test_scenes_show_objects_of_their_own(arguments: list[str], tmp_path: Path) 
         # Recall is measured on what the scorer never saw, without scenes.
         assert all(len(frames[k].boxes_xyxy) == 0 for k in range(26, 30))
         green = [(frames[k].image[..., 1] == 200).mean() for k in range(26)]
-        assert all(share == "1" and part > 0.1 or share == "0" and part < 0.1 for part in green)
+        assert all((part > 0.1) == (share == "1") for part in green)
 
 
 def write_scenes(root: Path, count: int) -> Path:

@@ -157,7 +157,10 @@ class FusionConfig(_Settings):
         "paper", description="s2m: overlaps take the lowest confidence ('paper') or the last mask in detector order ('code')"
     )
     merge_overlap: float = Field(
-        0.5, gt=0.0, le=1.0, description="s2m: masks whose overlap covers this fraction of the smaller one become one instance"
+        0.5,
+        gt=0.0,
+        le=1.0,
+        description="s2m, hybrid: masks of boxes whose overlap covers this fraction of the smaller one become one instance",
     )
     floor: Literal["calibration", "value"] = Field(
         "calibration",

@@ -8,9 +8,9 @@ from torch import Tensor
 from ros2_ood_seg.config import FusionConfig
 from ros2_ood_seg.fusion.ensemble import ensemble
 from ros2_ood_seg.fusion.nms import drop_contained, greedy_nms
-from ros2_ood_seg.fusion.overlaps import mask_scored, measure_masks, strong
+from ros2_ood_seg.fusion.overlaps import MaskMeasures, mask_scored, measure_masks, overlapping_groups, reported, strong
 from ros2_ood_seg.runtime import Runtime
-from ros2_ood_seg.types import Fused, Masks, Prompts, ScoreMap
+from ros2_ood_seg.types import Fused, Instances, Masks, Prompts, ScoreMap
 
 
 class HybridFusion:
@@ -20,6 +20,7 @@ class HybridFusion:
     score inside the mask, b over all box prompts, and q the mask's predicted IoU to the power of ``quality_power``. A box's own mask
     counts with its full confidence, and a point's mask with that of a box that found the same object, so that both kinds compete on one
     scale. The ensemble adds m as in UGainS: the detector says which masks there are, not how anomalous their pixels are.
+    Masks of boxes that overlap (``merge_overlap``) are one instance, as in S2M: the best of them, grown to their union.
     A mask that lies in a better one counts in the ensemble but is no instance of its own: points give parts of what boxes give whole.
     Neither is one that scores below ``min_score``.
     """
@@ -41,8 +42,32 @@ class HybridFusion:
         kept = greedy_nms(iou, scores, config.nms_iou)
         kept = kept[measures.usable(config)[kept]]
         refined = ensemble(config, score_map, masks, measures, kept, measures.mean_score[kept], ignore)
-        whole = drop_contained(measures.inside(), kept[strong(config, scores)[kept]], config.nms_containment)
-        return Fused(measures.instances(config, masks, whole, scores, measures.mean_score), refined)
+        reportable = strong(config, scores)
+        whole = drop_contained(measures.inside(), kept[reportable[kept]], config.nms_containment)
+        of_boxes = torch.nonzero((reportable & measures.usable(config))[: prompts.num_boxes]).squeeze(1)
+        whole, unions = self._joined(masks.masks, measures, whole, of_boxes)
+        return Fused(
+            Instances.from_masks(unions, reported(config, scores[whole]), measures.mean_score[whole], masks.quality[whole]), refined
+        )
+
+    def _joined(self, masks: Tensor, measures: MaskMeasures, whole: Tensor, of_boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """One instance for each group of boxes' masks that overlap.
+
+        Args:
+            masks: (N, H, W) bool.
+            measures: Of them.
+            whole: (K,) int64 indices of instances, best first.
+            of_boxes: (B,) int64 indices of the boxes' masks that are good enough to be reported.
+
+        Returns:
+            (K',) int64, ``whole`` with the best of each group alone; (K', H, W) bool, their masks, those of boxes grown to their group's union.
+        """
+        group = torch.arange(len(masks)) + len(masks)
+        group[of_boxes.cpu()] = torch.from_numpy(overlapping_groups(measures, of_boxes, self._config.merge_overlap)).long()
+        best = {int(group[n]): n for n in reversed(whole.tolist())}
+        stay = sorted(best.values(), key=whole.tolist().index)
+        unions = [masks[(group == group[n]).to(masks.device)].any(dim=0) for n in stay]
+        return whole.new_tensor(stay), torch.stack(unions) if unions else masks[:0]
 
 
 def build(config: FusionConfig, runtime: Runtime) -> HybridFusion:

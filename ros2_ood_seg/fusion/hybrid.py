@@ -60,7 +60,8 @@ class HybridFusion:
             of_boxes: (B,) int64 indices of the boxes' masks that are good enough to be reported.
 
         Returns:
-            (K',) int64, ``whole`` with the best of each group alone; (K', H, W) bool, their masks, those of boxes grown to their group's union.
+            (K',) int64, ``whole`` with the best of each group alone; (K', H, W) bool, their masks, those of boxes grown to the union
+            of their group.
         """
         group = torch.arange(len(masks)) + len(masks)
         group[of_boxes.cpu()] = torch.from_numpy(overlapping_groups(measures, of_boxes, self._config.merge_overlap)).long()

@@ -160,7 +160,8 @@ class FusionConfig(_Settings):
         0.5,
         gt=0.0,
         le=1.0,
-        description="s2m, hybrid: masks of boxes whose overlap covers this fraction of the smaller one become one instance",
+        description="s2m: masks whose overlap covers this fraction of the smaller one become one instance; "
+        "hybrid: a box's mask joins a better box's that covers this fraction of it",
     )
     floor: Literal["calibration", "value"] = Field(
         "calibration",

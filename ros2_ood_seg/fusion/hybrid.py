@@ -8,7 +8,7 @@ from torch import Tensor
 from ros2_ood_seg.config import FusionConfig
 from ros2_ood_seg.fusion.ensemble import ensemble
 from ros2_ood_seg.fusion.nms import drop_contained, greedy_nms
-from ros2_ood_seg.fusion.overlaps import MaskMeasures, mask_scored, measure_masks, overlapping_groups, reported, strong
+from ros2_ood_seg.fusion.overlaps import MaskMeasures, mask_scored, measure_masks, reported, strong
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Fused, Instances, Masks, Prompts, ScoreMap
 
@@ -20,7 +20,8 @@ class HybridFusion:
     score inside the mask, b over all box prompts, and q the mask's predicted IoU to the power of ``quality_power``. A box's own mask
     counts with its full confidence, and a point's mask with that of a box that found the same object, so that both kinds compete on one
     scale. The ensemble adds m as in UGainS: the detector says which masks there are, not how anomalous their pixels are.
-    Masks of boxes that overlap (``merge_overlap``) are one instance, as in S2M: the best of them, grown to their union.
+    The mask of a box grows by those of other boxes that lie in it (``merge_overlap``), as in S2M, so that large objects keep all
+    their parts; unlike there, a larger mask around a better, smaller one does not take it in.
     A mask that lies in a better one counts in the ensemble but is no instance of its own: points give parts of what boxes give whole.
     Neither is one that scores below ``min_score``.
     """
@@ -51,7 +52,7 @@ class HybridFusion:
         )
 
     def _joined(self, masks: Tensor, measures: MaskMeasures, whole: Tensor, of_boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """One instance for each group of boxes' masks that overlap.
+        """Adds to each instance of a box the masks of further boxes that lie in it.
 
         Args:
             masks: (N, H, W) bool.
@@ -60,14 +61,20 @@ class HybridFusion:
             of_boxes: (B,) int64 indices of the boxes' masks that are good enough to be reported.
 
         Returns:
-            (K',) int64, ``whole`` with the best of each group alone; (K', H, W) bool, their masks, those of boxes grown to the union
-            of their group.
+            (K',) int64, ``whole`` without those that were added to a better one; (K', H, W) bool, their masks.
         """
-        group = torch.arange(len(masks)) + len(masks)
-        group[of_boxes.cpu()] = torch.from_numpy(overlapping_groups(measures, of_boxes, self._config.merge_overlap)).long()
-        best = {int(group[n]): n for n in reversed(whole.tolist())}
-        stay = sorted(best.values(), key=whole.tolist().index)
-        unions = [masks[(group == group[n]).to(masks.device)].any(dim=0) for n in stay]
+        lies_in = (measures.inside() >= self._config.merge_overlap).cpu()
+        free, stay, unions = set(of_boxes.tolist()), [], []
+        boxes = frozenset(free)
+        for n in whole.tolist():
+            if n not in boxes:
+                stay.append(n)
+                unions.append(masks[n])
+            elif n in free:
+                members = [n, *(k for k in free if k != n and lies_in[k, n])]
+                free.difference_update(members)
+                stay.append(n)
+                unions.append(masks[members].any(dim=0))
         return whole.new_tensor(stay), torch.stack(unions) if unions else masks[:0]
 
 

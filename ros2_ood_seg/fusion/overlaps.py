@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ros2_ood_seg.config import FusionConfig
@@ -69,20 +66,6 @@ class MaskMeasures:
     def usable(self, config: FusionConfig) -> Tensor:
         """(N,) bool: not too small and not on the ignore mask."""
         return (self.area_px >= config.min_area_px) & (self.ignored_px < config.ignore_overlap_px)
-
-
-def overlapping_groups(measures: MaskMeasures, members: Tensor, least_overlap: float) -> NDArray[np.int32]:
-    """(K,) number of the group that each of the masks belongs to: masks that overlap, also by way of others, are one group.
-
-    Args:
-        measures: Of all N masks.
-        members: (K,) int64 indices of masks with pixels.
-        least_overlap: Of the smaller of two masks that are one group, in (0, 1].
-    """
-    area = measures.area_px[members]
-    overlap = measures.intersection_px[members][:, members] / torch.minimum(area[:, None], area[None, :])
-    _, groups = connected_components((overlap >= least_overlap).cpu().numpy(), directed=False)
-    return np.asarray(groups, dtype=np.int32)
 
 
 def mask_scored(config: FusionConfig, scores: Tensor, quality: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ros2_ood_seg.config import FusionConfig
-from ros2_ood_seg.fusion.overlaps import MaskMeasures, mask_scored, measure_masks, overlapping_groups, reported, strong
+from ros2_ood_seg.fusion.overlaps import MaskMeasures, mask_scored, measure_masks, reported, strong
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Fused, Instances, Masks, Prompts, ScoreMap
 
@@ -50,8 +51,10 @@ class S2mFusion:
 
     def _merged(self, masks: Masks, measures: MaskMeasures, order: Tensor, scores: Tensor, confidence: Tensor) -> Instances:
         """Unions of the masks at ``order`` that overlap, each with score, confidence and quality of its best member."""
-        group = overlapping_groups(measures, order, self._config.merge_overlap)
-        unions = masks.masks.new_zeros((len(np.unique(group)), *masks.masks.shape[1:]))
+        area = measures.area_px[order]
+        overlap = measures.intersection_px[order][:, order] / torch.minimum(area[:, None], area[None, :])
+        count, group = connected_components((overlap >= self._config.merge_overlap).cpu().numpy(), directed=False)
+        unions = masks.masks.new_zeros((count, *masks.masks.shape[1:]))
         for n, label in zip(order.tolist(), group.tolist(), strict=True):
             rows, columns = measures.windows[n]
             unions[label, rows, columns] |= masks.masks[n, rows, columns]

@@ -268,8 +268,8 @@ def test_hybrid_keeps_one_of_a_box_and_a_point_on_the_same_object() -> None:
     assert found.raw_scores.tolist() == [0.0, 0.0, 0.0]
 
 
-def test_hybrid_joins_masks_of_boxes_as_s2m_does_and_no_point() -> None:
-    # The masks of the first two boxes overlap by half; that of the third is alone, and so is the point's, which touches the second.
+def test_hybrid_joins_what_lies_in_a_better_mask_of_a_box() -> None:
+    # Half of the second mask lies in the first; the third is alone, and so is the point's, which touches the second.
     masks = mask_of((0, 0, 20, 20), (10, 0, 30, 20), (40, 20, 50, 30), (28, 0, 40, 20))
     scores = torch.full((HEIGHT, WIDTH), 2.0)
     found = fuse("hybrid", masks, scores, confidence=[0.8, 0.6, 0.7]).instances
@@ -277,9 +277,15 @@ def test_hybrid_joins_masks_of_boxes_as_s2m_does_and_no_point() -> None:
     alone = fuse("hybrid", masks, scores, confidence=[0.8, 0.6, 0.7], merge_overlap=0.6).instances
     assert torch.equal(alone.masks, masks[[0, 2, 1, 3]])
     torch.testing.assert_close(found.scores, alone.scores[[0, 1, 3]])
-    # What is not reported joins nothing.
+    # What is not reported is joined to nothing.
     strict = fuse("hybrid", masks, scores, confidence=[0.8, 0.6, 0.7], min_score=0.7).instances
     assert torch.equal(strict.masks, masks[[0, 2]])
+
+
+def test_hybrid_keeps_a_small_object_before_a_larger_weaker_one() -> None:
+    masks = mask_of((10, 10, 16, 16), (5, 5, 30, 30))
+    found = fuse("hybrid", masks, confidence=[0.9, 0.5]).instances
+    assert torch.equal(found.masks, masks)
 
 
 def test_hybrid_point_masks_inherit_from_a_box_by_their_overlap() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ros2_ood_seg.config import FusionConfig
 from ros2_ood_seg.fusion.ensemble import ensemble
 from ros2_ood_seg.fusion.nms import drop_contained, greedy_nms
-from ros2_ood_seg.fusion.overlaps import MaskMeasures, mask_scored, measure_masks, reported, strong
+from ros2_ood_seg.fusion.overlaps import mask_scored, measure_masks, reported, strong
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Fused, Instances, Masks, Prompts, ScoreMap
 
@@ -41,41 +41,34 @@ class HybridFusion:
         scores = torch.lerp(calibration.to_unit(measures.mean_score), support, config.box_weight)
         scores = mask_scored(config, scores, masks.quality)
         kept = greedy_nms(iou, scores, config.nms_iou)
-        kept = kept[measures.usable(config)[kept]]
+        usable, inside = measures.usable(config), measures.inside()
+        kept = kept[usable[kept]]
         refined = ensemble(config, score_map, masks, measures, kept, measures.mean_score[kept], ignore)
-        reportable = strong(config, scores)
-        whole = drop_contained(measures.inside(), kept[reportable[kept]], config.nms_containment)
-        of_boxes = torch.nonzero((reportable & measures.usable(config))[: prompts.num_boxes]).squeeze(1)
-        whole, unions = self._joined(masks.masks, measures, whole, of_boxes)
-        return Fused(
-            Instances.from_masks(unions, reported(config, scores[whole]), measures.mean_score[whole], masks.quality[whole]), refined
-        )
+        reportable = usable & strong(config, scores)
+        whole = drop_contained(inside, kept[reportable[kept]], config.nms_containment)
+        of_boxes = torch.nonzero(reportable[: prompts.num_boxes]).squeeze(1)
+        groups = _joined(whole.tolist(), set(of_boxes.tolist()), (inside >= config.merge_overlap).cpu())
+        best = whole.new_tensor([group[0] for group in groups])
+        unions = measures.unions(masks.masks, groups)
+        return Fused(Instances.from_masks(unions, reported(config, scores[best]), measures.mean_score[best], masks.quality[best]), refined)
 
-    def _joined(self, masks: Tensor, measures: MaskMeasures, whole: Tensor, of_boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds to each instance of a box the masks of further boxes that lie in it.
 
-        Args:
-            masks: (N, H, W) bool.
-            measures: Of them.
-            whole: (K,) int64 indices of instances, best first.
-            of_boxes: (B,) int64 indices of the boxes' masks that are good enough to be reported.
+def _joined(whole: list[int], of_boxes: set[int], lies_in: Tensor) -> list[list[int]]:
+    """The masks of each instance, its best first: a box's takes in those of other boxes that lie in it.
 
-        Returns:
-            (K',) int64, ``whole`` without those that were added to a better one; (K', H, W) bool, their masks.
-        """
-        lies_in = (measures.inside() >= self._config.merge_overlap).cpu()
-        free, stay, unions = set(of_boxes.tolist()), [], []
-        boxes = frozenset(free)
-        for n in whole.tolist():
-            if n not in boxes:
-                stay.append(n)
-                unions.append(masks[n])
-            elif n in free:
-                members = [n, *(k for k in free if k != n and lies_in[k, n])]
-                free.difference_update(members)
-                stay.append(n)
-                unions.append(masks[members].any(dim=0))
-        return whole.new_tensor(stay), torch.stack(unions) if unions else masks[:0]
+    Args:
+        whole: Instances before, best first.
+        of_boxes: Masks of boxes that are good enough to be reported.
+        lies_in: (N, N) bool, whether the row's mask mostly lies in the column's, on the host.
+    """
+    groups, free = [], set(of_boxes)
+    for n in whole:
+        if n not in of_boxes:
+            groups.append([n])
+        elif n in free:
+            groups.append([n, *(k for k in free if k != n and lies_in[k, n])])
+            free.difference_update(groups[-1])
+    return groups
 
 
 def build(config: FusionConfig, runtime: Runtime) -> HybridFusion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,20 @@ class MaskMeasures:
     def inside(self) -> Tensor:
         """(N, N) float64 share of the row's mask that the column's mask covers, 0 for an empty mask."""
         return self.intersection_px / self.area_px.clamp(min=1.0)[:, None]
+
+    def unions(self, masks: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+        """(G, H, W) bool, the union of each group of masks.
+
+        Args:
+            masks: (N, H, W) bool, all of them.
+            groups: Indices of the masks of each.
+        """
+        unions = masks.new_zeros((len(groups), *masks.shape[1:]))
+        for union, group in zip(unions, groups, strict=True):
+            for n in group:
+                rows, columns = self.windows[n]
+                union[rows, columns] |= masks[n, rows, columns]
+        return unions
 
     def instances(self, config: FusionConfig, masks: Masks, kept: Tensor, scores: Tensor, raw_scores: Tensor) -> Instances:
         """The masks ``kept``, by descending score, without measuring them again.

@@ -54,10 +54,8 @@ class S2mFusion:
         area = measures.area_px[order]
         overlap = measures.intersection_px[order][:, order] / torch.minimum(area[:, None], area[None, :])
         count, group = connected_components((overlap >= self._config.merge_overlap).cpu().numpy(), directed=False)
-        unions = masks.masks.new_zeros((count, *masks.masks.shape[1:]))
-        for n, label in zip(order.tolist(), group.tolist(), strict=True):
-            rows, columns = measures.windows[n]
-            unions[label, rows, columns] |= masks.masks[n, rows, columns]
+        members = order.cpu().numpy()
+        unions = measures.unions(masks.masks, [members[group == label].tolist() for label in range(count)])
         ranked = np.argsort(-scores[order].cpu().numpy(), kind="stable")
         _, first = np.unique(group[ranked], return_index=True)
         best = order[torch.from_numpy(ranked[first]).to(order.device)]

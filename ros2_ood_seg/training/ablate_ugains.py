@@ -238,7 +238,7 @@ def markdown(rows: Sequence[Row]) -> str:
     return markdown_table([*head, "points", "instances", "ms"], map(cells, rows))
 
 
-def plot_bars(rows: Sequence[Row], path: Path, curves: bool = False) -> None:
+def plot_bars(rows: Sequence[Row], path: Path, steps_of: str = "") -> None:
     """Pixel AP before and after the ensemble, and instance AP."""
     plot_rows(
         rows,
@@ -250,13 +250,13 @@ def plot_bars(rows: Sequence[Row], path: Path, curves: bool = False) -> None:
             "instances": lambda row: row.instance_ap,
             "instances, IoU > 0.5": lambda row: row.instance_ap50,
         },
-        curves=curves,
+        steps_of=steps_of,
     )
 
 
 def plot_curves(rows: Sequence[Row], path: Path) -> None:
     """The same over the number of points."""
-    plot_bars(rows, path, curves=True)
+    plot_bars(rows, path, steps_of="points in a frame, at most")
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -266,7 +266,7 @@ def plot_rows(
     ylabel: str,
     series: Mapping[str, Callable[[AnyRow], float | None]],
     level: tuple[str, Callable[[AnyRow], float | None]] | None = None,
-    curves: bool = False,
+    steps_of: str = "",
 ) -> None:
     """Draws the variants, one panel for each data set.
 
@@ -276,7 +276,7 @@ def plot_rows(
         ylabel: What the figures are.
         series: Legend to the figure of a row, a fraction.
         level: Legend and figure of a line across, the same for all variants of a data set.
-        curves: The variants are steps of one quantity: lines instead of bars.
+        steps_of: What the variants are steps of: lines over it instead of bars.
     """
     from matplotlib.figure import Figure
 
@@ -287,14 +287,18 @@ def plot_rows(
         at = np.arange(len(chosen))
         for k, (name, figure_of) in enumerate(series.items()):
             values = [100 * (figure_of(row) or 0.0) for row in chosen]
-            if curves:
+            if steps_of:
                 axis.plot(at, values, marker="o", label=name)
             else:
                 width = 0.8 / len(series)
                 axis.bar(at + (k + 0.5) * width - 0.4, values, width, label=name)
         if level is not None:
             axis.axhline(100 * (level[1](chosen[0]) or 0.0), color="tab:red", label=level[0])
-        axis.set_xticks(at, [row.variant for row in chosen], rotation=30, ha="right")
+        if steps_of:
+            axis.set_xticks(at, [row.variant for row in chosen])
+            axis.set_xlabel(steps_of)
+        else:
+            axis.set_xticks(at, [row.variant for row in chosen], rotation=30, ha="right")
         axis.set_title(dataset)
         axis.set_ylabel(ylabel)
         axis.grid(axis="y", alpha=0.3)

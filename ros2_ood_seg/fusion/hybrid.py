@@ -8,7 +8,7 @@ from torch import Tensor
 from ros2_ood_seg.config import FusionConfig
 from ros2_ood_seg.fusion.ensemble import ensemble
 from ros2_ood_seg.fusion.nms import drop_contained, greedy_nms
-from ros2_ood_seg.fusion.overlaps import mask_scored, measure_masks, reported, strong
+from ros2_ood_seg.fusion.overlaps import inside_scores, mask_scored, measure_masks, reported, strong
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Fused, Instances, Masks, Prompts, ScoreMap
 
@@ -16,10 +16,11 @@ from ros2_ood_seg.types import Fused, Instances, Masks, Prompts, ScoreMap
 class HybridFusion:
     """Ranks masks of both kinds of prompts by one score.
 
-    ``score = q * ((1 - w) * m + w * max_b(confidence_b * IoU(mask, mask_b)))`` with w = ``box_weight``, m the calibrated mean
-    score inside the mask, b over all box prompts, and q the mask's predicted IoU to the power of ``quality_power``. A box's own mask
-    counts with its full confidence, and a point's mask with that of a box that found the same object, so that both kinds compete on one
-    scale. The ensemble adds m as in UGainS: the detector says which masks there are, not how anomalous their pixels are.
+    ``score = q * ((1 - w) * m + w * max_b(confidence_b * IoU(mask, mask_b)))`` with w = ``box_weight``, m the calibrated score
+    inside the mask (``inside_quantile``), b over all box prompts, and q the mask's predicted IoU to the power of ``quality_power``.
+    A box's own mask counts with its full confidence, and a point's mask with that of a box that found the same object, so that both
+    kinds compete on one scale. The ensemble adds the mean score inside as in UGainS: the detector says which masks there are, not how
+    anomalous their pixels are.
     The mask of a box grows by those of other boxes that lie in it (``merge_overlap``), as in S2M, so that large objects keep all
     their parts; unlike there, a larger mask around a better, smaller one does not take it in.
     A mask that lies in a better one counts in the ensemble but is no instance of its own: points give parts of what boxes give whole.
@@ -38,16 +39,17 @@ class HybridFusion:
         support = torch.zeros_like(measures.mean_score)
         if prompts.num_boxes:
             support = (iou[:, : prompts.num_boxes] * prompts.confidence).amax(dim=1).float()
-        scores = torch.lerp(calibration.to_unit(measures.mean_score), support, config.box_weight)
+        inside = calibration.to_unit(inside_scores(config, masks.masks, score_map.scores, measures))
+        scores = torch.lerp(inside, support, config.box_weight)
         scores = mask_scored(config, scores, masks.quality)
         kept = greedy_nms(iou, scores, config.nms_iou)
-        usable, inside = measures.usable(config), measures.inside()
+        usable, lies_in = measures.usable(config), measures.inside()
         kept = kept[usable[kept]]
         refined = ensemble(config, score_map, masks, measures, kept, measures.mean_score[kept], ignore)
         reportable = usable & strong(config, scores)
-        whole = drop_contained(inside, kept[reportable[kept]], config.nms_containment)
+        whole = drop_contained(lies_in, kept[reportable[kept]], config.nms_containment)
         of_boxes = torch.nonzero(reportable[: prompts.num_boxes]).squeeze(1)
-        groups = _joined(whole.tolist(), set(of_boxes.tolist()), (inside >= config.merge_overlap).cpu())
+        groups = _joined(whole.tolist(), set(of_boxes.tolist()), (lies_in >= config.merge_overlap).cpu())
         best = whole.new_tensor([group[0] for group in groups])
         unions = measures.unions(masks.masks, groups)
         return Fused(Instances.from_masks(unions, reported(config, scores[best]), measures.mean_score[best], masks.quality[best]), refined)

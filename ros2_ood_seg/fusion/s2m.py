@@ -8,7 +8,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ros2_ood_seg.config import FusionConfig
-from ros2_ood_seg.fusion.overlaps import MaskMeasures, mask_scored, measure_masks, reported, strong
+from ros2_ood_seg.fusion.overlaps import MaskMeasures, inside_scores, mask_scored, measure_masks, reported, strong
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Fused, Instances, Masks, Prompts, ScoreMap
 
@@ -20,7 +20,7 @@ class S2mFusion:
     the raw score. The score is the confidence itself with ``box_weight: 1`` and ``quality_power: 0``, as published. Otherwise it is
     ``q * ((1 - w) * m + w * confidence)`` as in :class:`~ros2_ood_seg.fusion.hybrid.HybridFusion`: with a ``min_score`` masks are left out
     whose boxes hold little score, or whose outline is doubtful, though the detector was sure. A mask that came from a point, which S2M
-    itself does not use, has the calibrated mean score inside it as confidence.
+    itself does not use, has the calibrated score inside it (``inside_quantile``) as confidence.
     """
 
     def __init__(self, config: FusionConfig) -> None:
@@ -31,9 +31,9 @@ class S2mFusion:
         config = self._config
         calibration = score_map.calibration
         measures = measure_masks(masks.masks, score_map.scores, ignore, empty_score=calibration.raw[0])
-        mean = calibration.to_unit(measures.mean_score)
-        confidence = torch.cat([prompts.confidence, mean[prompts.num_boxes :]])
-        scores = mask_scored(config, torch.lerp(mean, confidence, config.box_weight), masks.quality)
+        inside = calibration.to_unit(inside_scores(config, masks.masks, score_map.scores, measures))
+        confidence = torch.cat([prompts.confidence, inside[prompts.num_boxes :]])
+        scores = mask_scored(config, torch.lerp(inside, confidence, config.box_weight), masks.quality)
         usable = measures.usable(config) & strong(config, scores)
         if config.compat == "paper":
             order = torch.argsort(confidence, descending=True, stable=True)

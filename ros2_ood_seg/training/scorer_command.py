@@ -20,8 +20,8 @@ from ros2_ood_seg.scorers.base import CalibratedScorer
 from ros2_ood_seg.scorers.calibration import write_calibration
 from ros2_ood_seg.scorers.compact import from_weights
 from ros2_ood_seg.scorers.networks.compact import ENCODERS, STRIDE, CompactNet
+from ros2_ood_seg.training.averaging import add_averaging, average_weights, check_averaging
 from ros2_ood_seg.training.calibrate import calibrate, calibrate_compact
-from ros2_ood_seg.training.keep_start import add_keep_start, average_with_start, check_keep_start
 from ros2_ood_seg.training.outlier_exposure import OutlierExposure, PasteSettings, contact_sheet, read_rgb
 from ros2_ood_seg.training.published import METHODS, PublishedTraining, train_published
 from ros2_ood_seg.training.scorer import ScorerData, ScorerTraining, train_scorer
@@ -77,7 +77,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--frozen-blocks", type=int, help=f"compact: feature blocks that stay as they are (default: {compact.frozen_blocks})"
     )
-    add_keep_start(parser, "scorer", "compact: ")
+    add_averaging(parser, "scorer", "compact: ")
     parser.add_argument("--outlier-share", type=float, help=f"all but compact: share of samples with pasted outliers {common}")
     parser.add_argument("--bfloat16", action="store_true", help="autocast the forward pass; slower on CPUs without AMX")
     parser.add_argument(
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         scenes=args.scenes,
     )
     recipe = _recipe(args)
-    _check_keep_start(args)
+    _check_averaging(args)
     if args.scenes and args.method != COMPACT:
         raise InputError(f"--scenes is no setting of method '{args.method}': leave it out")
     if args.scenes and not (args.coco or args.coco_panoptic):
@@ -127,22 +127,25 @@ def run(args: argparse.Namespace) -> int:
     else:
         trained = train_scorer(data, recipe, args.output, args.init, runtime.device)
         provenance = {"start": args.init.name if args.init else "random"}
-        if args.keep_start:
+        if args.keep_start or args.average_with:
             network = CompactNet.of(load_weights(trained))
             family = f"compact scorer on {network.encoder}"
-            trained = average_with_start(trained, load_weights(args.init), args.keep_start, network, family, half=False)
+            start = load_weights(args.init)
+            trained = average_weights(trained, start, args.keep_start, network, family, half=False, others=args.average_with)
         released = args.output / "compact_scorer.safetensors"
         release(trained, data, released, provenance, args.calibration_frames)
     print(released)
     return 0
 
 
-def _check_keep_start(args: argparse.Namespace) -> None:
-    if args.keep_start and args.method != COMPACT:
-        raise InputError(f"--keep-start is no setting of method '{args.method}': leave it out")
-    start = load_weights(args.init) if args.keep_start and args.init else None
+def _check_averaging(args: argparse.Namespace) -> None:
+    for flag, is_used in (("--keep-start", bool(args.keep_start)), ("--average-with", bool(args.average_with))):
+        if is_used and args.method != COMPACT:
+            raise InputError(f"{flag} is no setting of method '{args.method}': leave it out")
+    start = load_weights(args.init) if (args.keep_start or args.average_with) and args.init else None
     is_scorer = start is not None and any(key.startswith("outlier_head.") for key in start.state)
-    check_keep_start(args.keep_start, "scorer", start, is_scorer)
+    network = CompactNet.of(start) if start is not None and is_scorer else None
+    check_averaging(args.keep_start, args.average_with, "scorer", start, network)
 
 
 def _recipe(args: argparse.Namespace) -> ScorerTraining | PublishedTraining:

@@ -27,7 +27,7 @@ from ros2_ood_seg.segmenters import SEGMENTERS
 from ros2_ood_seg.segmenters.base import PromptableSegmenter
 from ros2_ood_seg.segmenters.compact import CROP_PX, FAMILY, POINT_CROP_PX, from_network
 from ros2_ood_seg.segmenters.networks.compact import CompactNet
-from ros2_ood_seg.training.keep_start import add_keep_start, average_with_start, check_keep_start
+from ros2_ood_seg.training.averaging import add_averaging, average_weights, check_averaging
 from ros2_ood_seg.training.loop import TrainingLoop
 from ros2_ood_seg.training.segmenter_data import (
     Batch,
@@ -52,7 +52,7 @@ _STRIDE = 32
 _FAR_PX = 24.0
 _SIZES_PX = ((0, 32), (32, 96), (96, 256), (256, 100_000))
 _PANELS = (("total", "bce", "dice", "quality"), ("iou", *(f"val_{kind}" for kind in PROMPT_KINDS)))
-_MAY_CHANGE = ("iterations", "cool_down", "checkpoint_minutes")
+_MAY_CHANGE = ("iterations", "cool_down", "checkpoint_minutes", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class SegmenterTraining:
         ema: Decay of the averaged weights, which are what is saved.
         quality_weight: Weight of the squared error of the predicted IoU.
         width: Channels of the decoder.
+        bfloat16: Autocast of the forward pass.
         seed: Seed of weights and data.
         checkpoint_minutes: Time between checkpoints.
     """
@@ -85,6 +86,7 @@ class SegmenterTraining:
     ema: float = 0.998
     quality_weight: float = 2.0
     width: int = 64
+    bfloat16: bool = False
     seed: int = 0
     checkpoint_minutes: float = 5.0
 
@@ -179,7 +181,8 @@ def train_segmenter(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * group["share"] * recipe.rate(loop.done)
         batch = _to_device(batch, device)
-        logits, quality = net(batch.crops)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+            logits, quality = net(batch.crops)
         terms = segmenter_loss(logits, quality, batch, recipe.quality_weight)
         loop.descend(optimizer, terms["total"], clip_norm=5.0)
         average.update_parameters(net)
@@ -319,13 +322,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--frames-per-folder", type=int, default=150, help="road frames used of each folder (%(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run, or the report (*.json) of --evaluate")
     parser.add_argument("--init", type=Path, help="mobilenet_v2 features or an earlier segmenter to start from")
-    add_keep_start(parser, "segmenter")
+    add_averaging(parser, "segmenter")
     parser.add_argument("--validate-on", type=int, default=120, help="held-out objects measured at every checkpoint (%(default)s)")
     for field in fields(SegmenterTraining):
-        if field.name != "crop_sizes":
+        if field.name not in ("crop_sizes", "bfloat16"):
             default = getattr(defaults, field.name)
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(default), default=default, help="recipe (%(default)s)")
     parser.add_argument("--crop-sizes", type=int, nargs="+", default=list(defaults.crop_sizes), help="recipe (%(default)s)")
+    parser.add_argument("--bfloat16", action="store_true", help="autocast the forward pass; slower on CPUs without AMX")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 leaves torch's choice")
     parser.add_argument("--evaluate", metavar="SEGMENTER", help=f"measure this one ({', '.join(SEGMENTERS.names)}) instead of training")
@@ -343,7 +347,8 @@ def _run(args: argparse.Namespace) -> int:
     recipe = SegmenterTraining(**{field.name: getattr(args, field.name) for field in fields(SegmenterTraining)})
     recipe = replace(recipe, crop_sizes=tuple(recipe.crop_sizes))
     init = load_weights(args.init) if args.init else None
-    check_keep_start(args.keep_start, "segmenter", init, init is not None and init.metadata.get("family") == FAMILY)
+    is_segmenter = init is not None and init.metadata.get("family") == FAMILY
+    check_averaging(args.keep_start, args.average_with, "segmenter", init, CompactNet(recipe.width) if is_segmenter else None)
     objects = load_objects(args.objects, held_out=False)
     held_out = load_objects(args.objects, held_out=True)
     chosen = np.linspace(0, len(held_out) - 1, min(len(held_out), args.validate_on)).astype(int)
@@ -358,8 +363,8 @@ def _run(args: argparse.Namespace) -> int:
     path = train_segmenter(
         objects, backgrounds, [held_out[i] for i in chosen], recipe, args.output, init, runtime.device, provenance=provenance
     )
-    if init is not None and args.keep_start:
-        path = average_with_start(path, init, args.keep_start, CompactNet(recipe.width), FAMILY, half=True)
+    if init is not None and (args.keep_start or args.average_with):
+        path = average_weights(path, init, args.keep_start, CompactNet(recipe.width), FAMILY, half=True, others=args.average_with)
     print(path)
     return 0
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ros2_ood_seg.config import FusionConfig
 from ros2_ood_seg.fusion import FUSIONS
+from ros2_ood_seg.fusion.overlaps import inside_scores, measure_masks
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Calibration, Fused, Masks, Prompts, ScoreMap
 
@@ -305,6 +306,39 @@ def test_a_part_of_a_better_mask_counts_in_the_refined_map_only(name: str) -> No
     assert torch.equal(whole.refined, every.refined)
     assert len(every.instances) == 3
     assert torch.equal(whole.instances.masks, every.instances.masks[[0, 2]])
+
+
+@pytest.mark.parametrize("name", FUSIONS.names)
+def test_the_quantile_of_a_half_seen_object_is_what_was_seen(name: str) -> None:
+    scores = torch.full((HEIGHT, WIDTH), -4.0)
+    masks = mask_of((0, 0, 20, 10), (30, 20, 40, 30))
+    scores[:, :5] = 2.0
+    # A quarter of the first mask scores 0.75 and the rest 0, so that the mean raw score is -2.5.
+    mean, quantile, lower = (fuse(name, masks, scores, [0.9], box_weight=0.0, min_area_px=150, inside_quantile=q) for q in (0.0, 0.9, 0.7))
+    assert mean.instances.scores.tolist() == pytest.approx([0.1875])
+    assert quantile.instances.scores.tolist() == pytest.approx([0.75])
+    assert lower.instances.scores.tolist() == pytest.approx([0.0])
+    # The refined map adds mean scores, whatever instances are ranked by.
+    assert torch.equal(mean.refined, quantile.refined)
+    assert torch.equal(mean.instances.raw_scores, quantile.instances.raw_scores)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10_000), count=st.integers(0, 6), quantile=st.floats(0.01, 0.99))
+def test_inside_quantiles_are_those_of_the_pixels(seed: int, count: int, quantile: float) -> None:
+    masks, scores = random_masks(seed, count), random_scores(seed)
+    measures = measure_masks(masks, scores, empty_score=-7.0)
+    inside = inside_scores(FusionConfig(inside_quantile=quantile), masks, scores, measures)
+    for mask, value in zip(masks.numpy(), inside.tolist(), strict=True):
+        pixels = np.sort(scores.numpy()[mask])
+        assert value == pytest.approx(pixels[round(quantile * (len(pixels) - 1))] if len(pixels) else -7.0)
+
+
+def test_the_quantile_of_a_large_mask_is_taken_from_a_part_of_its_pixels() -> None:
+    scores = torch.randn((600, 800), generator=torch.Generator().manual_seed(0))
+    masks = torch.ones((1, 600, 800), dtype=torch.bool)
+    inside = inside_scores(FusionConfig(inside_quantile=0.9), masks, scores, measure_masks(masks, scores))
+    assert ((scores > inside).float().mean() - 0.1).abs() < 0.006
 
 
 def test_hybrid_without_box_weight_ranks_as_ugains() -> None:

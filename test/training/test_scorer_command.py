@@ -126,6 +126,8 @@ def test_checkpoint_of_another_network_or_method(copies: Path, capsys: pytest.Ca
         (["--keep-start", "0.5"], "--keep-start needs an earlier scorer as --init"),
         (["--keep-start", "0.5", "--init", "{base}"], "--keep-start needs an earlier scorer as --init"),
         (["--keep-start", "0.5", "--method", "pebal"], "--keep-start is no setting of method 'pebal'"),
+        (["--average-with", "{base}"], "--average-with needs an earlier scorer as --init"),
+        (["--average-with", "{base}", "--method", "pebal"], "--average-with is no setting of method 'pebal'"),
     ],
 )
 def test_refused_averages(arguments: list[str], message: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

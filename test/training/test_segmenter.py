@@ -125,6 +125,17 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch:
     assert (tmp_path / "parts/log.csv").read_text() == (tmp_path / "whole/log.csv").read_text()
 
 
+def test_bfloat16_is_for_the_forward_pass_alone_and_may_change(tmp_path: Path) -> None:
+    objects = [shape_object(k) for k in range(4)]
+    precise = load_weights(train_segmenter(objects, [], [], TINY, tmp_path / "precise"))
+    rounded = load_weights(train_segmenter(objects, [], [], replace(TINY, bfloat16=True), tmp_path / "rounded"))
+    trained = {name: value for name, value in precise.state.items() if value.is_floating_point()}
+    assert any(not torch.equal(rounded.state[name], value) for name, value in trained.items())
+    assert all(rounded.state[name].dtype == value.dtype and rounded.state[name].isfinite().all() for name, value in trained.items())
+    resumed = train_segmenter(objects, [], [], replace(TINY, iterations=5), tmp_path / "rounded")
+    assert load_weights(resumed).metadata["done"] == 5
+
+
 def test_starting_from_features_or_from_a_segmenter(tmp_path: Path) -> None:
     torch.manual_seed(1)
     none = SegmenterTraining(iterations=1, batch_size=1, crop_sizes=(32,), learning_rate=0.0)

@@ -179,7 +179,7 @@ class FusionConfig(_Settings):
     inside_quantile: float = Field(
         0.0,
         ge=0.0,
-        lt=1.0,
+        le=1.0,
         description="What stands for the scores inside a mask in its instance's score: 0 takes their mean, as published; 0.9 the one that "
         "a tenth of its pixels exceed, because the scorer sees large objects in parts",
     )
@@ -266,6 +266,7 @@ class Setting:
         high: Greatest allowed value, None when unbounded.
         choices: Allowed strings; empty when any.
         above_low: ``low`` itself is not allowed.
+        below_high: ``high`` itself is not allowed.
     """
 
     name: str
@@ -276,6 +277,7 @@ class Setting:
     high: float | None = None
     choices: tuple[str, ...] = ()
     above_low: bool = False
+    below_high: bool = False
 
 
 def _leaf(name: str, info: FieldInfo, value: Leaf) -> Setting:
@@ -288,8 +290,8 @@ def _leaf(name: str, info: FieldInfo, value: Leaf) -> Setting:
             high = float(getattr(rule, attribute)) if hasattr(rule, attribute) else high
     choices = tuple(get_args(info.annotation)) if get_origin(info.annotation) is Literal else ()
     kind: Any = str if choices else info.annotation
-    above_low = any(hasattr(rule, "gt") for rule in info.metadata)
-    return Setting(name, kind, value, info.description or "", low, high, choices, above_low)
+    above_low, below_high = (any(hasattr(rule, attribute) for rule in info.metadata) for attribute in ("gt", "lt"))
+    return Setting(name, kind, value, info.description or "", low, high, choices, above_low, below_high)
 
 
 def iter_settings(config: BaseModel, prefix: str = "") -> Iterator[Setting]:
@@ -373,7 +375,7 @@ def describe_allowed(setting: Setting) -> str:
     if setting.low is not None:
         bounds.append(f"{'above' if setting.above_low else 'at least'} {setting.low:g}")
     if setting.high is not None:
-        bounds.append(f"at most {setting.high:g}")
+        bounds.append(f"{'below' if setting.below_high else 'at most'} {setting.high:g}")
     if bounds:
         return f"{kind}, {' and '.join(bounds)}"
     return f"{kind} (auto, cpu, cuda, cuda:N)" if setting.name == "runtime.device" else kind

@@ -56,6 +56,7 @@ def test_overrides_reach_their_leaf() -> None:
     [
         ("fusion.nms_iuo", 0.5, "unknown setting 'fusion.nms_iuo': did you mean fusion.nms_iou"),
         ("fusion.nms_iou", 1.5, r"'fusion.nms_iou' is 1.5, allowed: a number.* 1"),
+        ("fusion.half_score", 1.0, r"'fusion.half_score' is 1.0, allowed: a number, above 0 and below 1"),
         ("prompts.points.count", 0, r"'prompts.points.count' is 0, allowed: a whole number.* 1024"),
         ("prompts.points.count", "many", r"'prompts.points.count' is 'many', allowed: a whole number"),
         ("fusion.compat", "book", r"'fusion.compat' is 'book', allowed: one of paper, code"),

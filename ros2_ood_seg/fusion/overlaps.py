@@ -14,7 +14,7 @@ from ros2_ood_seg.types import Instances, Masks, boxes_from_masks
 
 _BAND_PX = 64
 _QUANTILE_PX = 20_000
-"""Pixels of a mask, evenly spread, that give its quantile: within half a percent of the pixels, in a tenth of the time."""
+"""Pixels of a mask, evenly spread, that give its quantile: within half a percent of the pixels."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ class MaskMeasures:
 def inside_scores(config: FusionConfig, masks: Tensor, scores: Tensor, measures: MaskMeasures) -> Tensor:
     """The raw score that stands for each mask: the mean inside, or a quantile.
 
-    A calibrated score means the same on another camera, a quantile of it does as well; the mean of a large object of which the scorer
-    sees only parts is low.
+    The mean is low for a large object of which the scorer sees only parts; a high quantile is what it sees.
 
     Args:
         config: Quantile.

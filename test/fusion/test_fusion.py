@@ -309,7 +309,7 @@ def test_a_part_of_a_better_mask_counts_in_the_refined_map_only(name: str) -> No
 
 
 @pytest.mark.parametrize("name", FUSIONS.names)
-def test_the_quantile_of_a_half_seen_object_is_what_was_seen(name: str) -> None:
+def test_the_quantile_of_a_partly_seen_object_is_what_was_seen(name: str) -> None:
     scores = torch.full((HEIGHT, WIDTH), -4.0)
     masks = mask_of((0, 0, 20, 10), (30, 20, 40, 30))
     scores[:, :5] = 2.0

@@ -11,7 +11,7 @@ from ros2_ood_seg.cli import main
 from ros2_ood_seg.errors import WeightsError
 from ros2_ood_seg.segmenters.compact import FAMILY
 from ros2_ood_seg.segmenters.networks.compact import CompactNet
-from ros2_ood_seg.training.averaging import average_weights
+from ros2_ood_seg.training.averaging import average_weights, check_averaging
 from ros2_ood_seg.weights.store import WeightFile, load_weights, save_weights
 
 
@@ -43,6 +43,15 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     other = WeightFile(tmp_path / "other.safetensors", {"head.weight": torch.zeros(3)}, {})
     with pytest.raises(WeightsError, match=FAMILY):
         average_weights(filled(tmp_path / "trained.safetensors", 5.0), other, 0.5, CompactNet(), FAMILY, half=True)
+
+
+def test_other_weights_that_do_not_fit_are_refused_before_training(tmp_path: Path) -> None:
+    start = load_weights(filled(tmp_path / "start.safetensors", 1.0))
+    other = tmp_path / "other.safetensors"
+    save_weights(other, {"head.weight": torch.zeros(3)}, {}, half=False)
+    check_averaging(0.0, [start.path], "segmenter", start, CompactNet())
+    with pytest.raises(WeightsError, match="segmenter"):
+        check_averaging(0.0, [other], "segmenter", start, CompactNet())
 
 
 @pytest.mark.parametrize(

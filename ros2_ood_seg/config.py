@@ -7,6 +7,7 @@ maps one to one to a ROS parameter (``prompts.points.count``) and to ``--set pro
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -320,7 +321,7 @@ def load_profile(profile: str | Path, overrides: Mapping[str, Any] | None = None
 
     Args:
         profile: Name of a bundled profile (``compact``) or path of a YAML file. A file may start with
-            ``extends: NAME`` and then holds only what differs.
+            ``extends: NAME`` and then holds only what differs; a file that it extends is looked for beside it, then in the current folder.
         overrides: Dotted name to value, ``{"prompts.points.count": 100}``.
 
     Raises:
@@ -335,7 +336,12 @@ def load_profile(profile: str | Path, overrides: Mapping[str, Any] | None = None
         *parents, leaf = key.split(".")
         node = tree
         for parent in parents:
-            node = node.setdefault(parent, {})
+            # A group that a file names and leaves empty is null.
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise InputError(f"profile '{name}': '{parent}' is {node!r}, allowed: a group of settings")
         node[leaf] = value
     tree["profile"] = Path(name).stem
     return build_config(tree, f"profile '{name}'")
@@ -404,12 +410,20 @@ def _read_profile(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise InputError(f"profile '{path}' must be a mapping of settings, got {type(loaded).__name__}")
     parent = loaded.pop("extends", None)
-    base = _read_profile(str(parent), (*seen, name)) if parent is not None else {}
+    if parent is None:
+        return loaded
+    beside = path.parent / str(parent)
+    is_beside = _is_file_name(str(parent)) and beside.is_file()
+    base = _read_profile(os.path.normpath(beside) if is_beside else str(parent), (*seen, name))
     return _merge(base, loaded)
 
 
+def _is_file_name(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) or "/" in name
+
+
 def _find_profile(name: str) -> Path:
-    if name.endswith((".yaml", ".yml")) or "/" in name:
+    if _is_file_name(name):
         path = Path(name)
         if not path.is_file():
             raise InputError(f"profile file '{name}' does not exist; bundled profiles: {', '.join(profile_names())}")
@@ -423,7 +437,11 @@ def _find_profile(name: str) -> Path:
 def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in update.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        is_group = isinstance(merged.get(key), dict)
+        if value is None and is_group:
+            # Named and left empty: nothing in it differs.
+            continue
+        both = isinstance(value, Mapping) and is_group
         merged[key] = _merge(merged[key], value) if both else value
     return merged
 

@@ -62,7 +62,7 @@ class DisjointInstances:
 
     Args:
         source: The instances as the pipeline found them, by score.
-        kept: (N,) int64 index of those that own a pixel, by score.
+        kept: (N,) int64 index of those that own enough pixels, by score.
         labels: (H, W) uint16, 0 background, k the k-th of ``kept`` from 1.
         runs: The pixels of each in ``labels``.
     """
@@ -73,17 +73,24 @@ class DisjointInstances:
     runs: tuple[Runs, ...]
 
     @classmethod
-    def from_instances(cls, instances: Instances) -> DisjointInstances:
-        """Settles who owns each pixel; an instance that owns none is dropped."""
-        masks = instances.masks[:MAX_INSTANCES]
-        labels = label_image(masks, instances.boxes_xyxy).cpu().numpy().astype(np.uint16)
-        runs = dict(_label_runs(labels))
-        kept = np.array(list(runs), dtype=np.int64) - 1
-        if len(kept) < len(masks):
-            renumber = np.zeros(len(masks) + 1, dtype=np.uint16)
-            renumber[kept + 1] = np.arange(1, len(kept) + 1)
-            labels = renumber[labels]
-        return cls(instances, kept, labels, tuple(runs.values()))
+    def from_instances(cls, instances: Instances, min_area_px: int = 1) -> DisjointInstances:
+        """Settles who owns each pixel.
+
+        Args:
+            instances: By score.
+            min_area_px: An instance that would own fewer pixels, and none at all in any case, is dropped.
+        """
+        masks, boxes = instances.masks[:MAX_INSTANCES], instances.boxes_xyxy
+        kept = np.arange(len(masks))
+        while True:
+            chosen = torch.as_tensor(kept, device=masks.device)
+            labels = label_image(masks[chosen], boxes[chosen]).cpu().numpy().astype(np.uint16)
+            runs = dict(_label_runs(labels))
+            large = [label - 1 for label, own in runs.items() if own.area_px >= min_area_px]
+            if len(large) == len(kept):
+                return cls(instances, kept, labels, tuple(runs.values()))
+            # Once more: pixels of what is dropped may belong to another one.
+            kept = kept[np.array(large, dtype=np.int64)]
 
     def instances(self) -> Instances:
         """The kept instances with their whole masks, overlaps and all."""

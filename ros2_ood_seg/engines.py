@@ -104,9 +104,9 @@ def _openvino() -> tuple[Any, Any]:
 def _converted(network: nn.Module, example: Tensor) -> Any:
     openvino, core = _openvino()
     path = cache_dir() / f"{_fingerprint(network, example, openvino.get_version())}.xml"
-    if path.is_file():
-        # A file that another version or a full disk left broken is made anew.
-        with contextlib.suppress(RuntimeError):
+    # A file that another version or a full disk left broken is made anew, and so is one in a folder that cannot be entered.
+    with contextlib.suppress(OSError, RuntimeError):
+        if path.is_file():
             return core.read_model(path)
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 

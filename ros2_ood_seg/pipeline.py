@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 MIN_SIDE_PX = 16
 MAX_SIDE_PX = 16384
+MAX_TALLNESS = 8
+"""Height over width: networks see pictures at a fixed width, so that a very tall one would need any amount of memory."""
 
 
 class Pipeline:
@@ -59,9 +61,8 @@ class Pipeline:
         if reuse is not None and reuse.config.runtime != config.runtime:
             reuse = None
         old = reuse.config if reuse is not None else None
+        check_stages(config)
         boxes, points = config.prompts.boxes, config.prompts.points
-        if boxes.method == "none" and points.method == "none":
-            raise InputError("prompts.boxes.method and prompts.points.method are both 'none': one of them has to generate prompts")
         self.config = config
         self.runtime = reuse.runtime if reuse is not None else Runtime.from_config(config.runtime)
 
@@ -79,7 +80,11 @@ class Pipeline:
             SEGMENTERS, config.segmenter.name, config.segmenter, old and old.segmenter, reuse and reuse.segmenter
         )
         self.fusion: Fusion = stage(FUSIONS, config.fusion.name, config.fusion, old and old.fusion, reuse and reuse.fusion)
-        self.tracker = IoUTracker(config.tracking) if config.tracking.enabled else None
+        self.tracker: IoUTracker | None = None
+        if config.tracking.enabled:
+            # Track ids go on: a new tracker would give numbers of objects that are still there to others.
+            kept = reuse.tracker if reuse is not None and reuse.config.tracking == config.tracking else None
+            self.tracker = kept or IoUTracker(config.tracking)
         self._ignore = _read_ignore_mask(config.runtime.ignore_mask, self.runtime.device)
 
     @classmethod
@@ -96,7 +101,7 @@ class Pipeline:
         """Finds the anomalies in one image.
 
         Args:
-            image: (H, W, 3) uint8 RGB, sides of 16 to 16384 px.
+            image: (H, W, 3) uint8 RGB, sides of 16 to 16384 px, at most 8 times as high as wide.
             external: (h, w) score map from elsewhere, only with the scorer ``external``.
 
         Returns:
@@ -127,10 +132,18 @@ class Pipeline:
                 with self._timed("track", timings):
                     instances = self.tracker.update(instances)
         timings["total"] = (time.perf_counter() - start) * 1e3
-        return FrameResult(instances, score_map, prompts, fused.refined, timings, self.config.profile)
+        config = self.config
+        return FrameResult(instances, score_map, prompts, fused.refined, timings, config.profile, config.fusion.min_area_px)
 
     def warm_up(self, height: int, width: int) -> None:
-        """Runs every network once on an empty image of this size, so that the first real frame is not slow."""
+        """Runs every network once on an empty image, so that the first real frame is not slow.
+
+        Args:
+            height: Of the image, px; with an ignore mask it has that one's size, which is the camera's.
+            width: The same.
+        """
+        if self._ignore is not None:
+            height, width = (int(side) for side in self._ignore.shape)
         image = torch.zeros((height, width, 3), dtype=torch.uint8, device=self.runtime.device)
         if self.config.scorer.name != "external":
             self.run(image)
@@ -161,6 +174,21 @@ class Pipeline:
         return self._ignore
 
 
+def check_stages(config: PipelineConfig) -> None:
+    """Looks for what keeps a pipeline of these settings from being made, without loading anything.
+
+    Raises:
+        InputError: An unknown stage, or no prompts at all.
+    """
+    boxes, points = config.prompts.boxes.method, config.prompts.points.method
+    if boxes == points == "none":
+        raise InputError("prompts.boxes.method and prompts.points.method are both 'none': one of them has to generate prompts")
+    named = ((SCORERS, config.scorer.name), (SEGMENTERS, config.segmenter.name), (FUSIONS, config.fusion.name))
+    prompts = ((BOX_PROMPTS, boxes), (POINT_PROMPTS, points))
+    for registry, name in (*named, *(pair for pair in prompts if pair[1] != "none")):
+        registry.check(name)
+
+
 def _check_image(image: NDArray[np.uint8] | Tensor) -> Tensor:
     if not isinstance(image, Tensor):
         if not isinstance(image, np.ndarray):
@@ -172,6 +200,8 @@ def _check_image(image: NDArray[np.uint8] | Tensor) -> Tensor:
         raise InputError(f"image must be (H, W, 3) uint8 RGB, got shape {tuple(image.shape)} of {image.dtype}")
     if not all(MIN_SIDE_PX <= side <= MAX_SIDE_PX for side in image.shape[:2]):
         raise InputError(f"image is {image.shape[1]}x{image.shape[0]} px, its sides must be {MIN_SIDE_PX} to {MAX_SIDE_PX} px")
+    if image.shape[0] > MAX_TALLNESS * image.shape[1]:
+        raise InputError(f"image is {image.shape[1]}x{image.shape[0]} px, it must be at most {MAX_TALLNESS} times as high as wide")
     return image.contiguous()
 
 

@@ -29,14 +29,22 @@ class Registry:
         """All registered names, in order of registration."""
         return tuple(self._targets)
 
+    def check(self, name: str) -> None:
+        """Asks for a name without importing anything.
+
+        Raises:
+            InputError: The name is not registered.
+        """
+        if name not in self._targets:
+            raise InputError(f"unknown {self.kind} '{name}': use one of {', '.join(self._targets)}")
+
     def get(self, name: str) -> Callable[..., Any]:
         """The factory registered as ``name``.
 
         Raises:
             InputError: The name is not registered, or its module needs a package that is not installed.
         """
-        if name not in self._targets:
-            raise InputError(f"unknown {self.kind} '{name}': use one of {', '.join(self._targets)}")
+        self.check(name)
         module_name, attribute = self._targets[name].split(":")
         try:
             module = importlib.import_module(module_name)

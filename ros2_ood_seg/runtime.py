@@ -77,7 +77,7 @@ class Runtime:
             try:
                 return OpenVinoNetwork(network, example, torch.get_num_threads(), parallel=parallel)
             # The converter is no public part of OpenVINO: another version may lack it.
-            except (RuntimeError, ImportError, AttributeError) as error:
+            except (RuntimeError, ImportError, AttributeError, OSError) as error:
                 _LOG.warning("OpenVINO cannot run %s, torch runs it: %s", type(network).__name__, " ".join(str(error).split())[:200])
 
         def forward(x: Tensor) -> tuple[Tensor, ...]:

@@ -320,6 +320,7 @@ class FrameResult:
         refined: (H, W) float32, the final map of the method.
         timings_ms: Wall-clock time per stage in milliseconds, by stage name, with ``total``.
         profile: Name of the profile that ran.
+        min_area_px: Where masks overlap and each pixel is given to one of them, an instance has to keep so many to be one.
     """
 
     instances: Instances
@@ -328,6 +329,7 @@ class FrameResult:
     refined: Tensor
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     profile: str = ""
+    min_area_px: int = 1
 
 
 def boxes_from_masks(masks: Tensor) -> tuple[Tensor, Tensor]:

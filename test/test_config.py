@@ -78,6 +78,29 @@ def test_a_file_holds_only_what_differs(tmp_path: Path) -> None:
     assert config.profile == "mine"
 
 
+def test_a_file_that_is_extended_lies_beside_the_one_that_extends_it(tmp_path: Path) -> None:
+    folder = tmp_path / "profiles"
+    folder.mkdir()
+    (folder / "base.yaml").write_text(
+        "extends: compact\nprompts:\n  points:\n    count: 9\nscorer:\n  coarse_scale: 0.4\n", encoding="utf-8"
+    )
+    (folder / "mine.yaml").write_text("extends: base.yaml\nscorer:\n", encoding="utf-8")
+    # A group that is named and left empty changes nothing, and takes overrides.
+    config = load_profile(folder / "mine.yaml", {"scorer.zoom": 0.0})
+    assert (config.prompts.points.count, config.scorer.zoom, config.scorer.coarse_scale) == (9, 0.0, 0.4)
+    assert load_profile(folder / "mine.yaml").scorer.coarse_scale == 0.4
+    (folder / "base.yaml").write_text("extends: mine.yaml\n", encoding="utf-8")
+    with pytest.raises(InputError, match="extends itself"):
+        load_profile(folder / "mine.yaml")
+
+
+def test_an_override_below_what_is_no_group_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: compact\nscorer: 3\n", encoding="utf-8")
+    with pytest.raises(InputError, match="'scorer' is 3, allowed: a group of settings"):
+        load_profile(path, {"scorer.zoom": 0.0})
+
+
 def test_a_file_may_extend_a_bundled_profile(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("extends: compact\nfusion:\n  name: s2m\n", encoding="utf-8")

@@ -91,6 +91,16 @@ def test_a_broken_or_read_only_cache_does_no_harm(network: nn.Module, cache: Pat
     torch.testing.assert_close(engines.OpenVinoNetwork(network, example, 1)(x)[1], network(x)[1], rtol=1e-4, atol=1e-5)
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
     torch.testing.assert_close(engines.OpenVinoNetwork(network, example, 1)(x)[1], network(x)[1], rtol=1e-4, atol=1e-5)
+    is_file = Path.is_file
+
+    def locked(path: Path) -> bool:
+        if path.suffix == ".xml":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    # As in a home that belongs to someone else; root, who may run the tests, can enter all.
+    monkeypatch.setattr(Path, "is_file", locked)
+    torch.testing.assert_close(engines.OpenVinoNetwork(network, example, 1)(x)[1], network(x)[1], rtol=1e-4, atol=1e-5)
 
 
 @needs_openvino

@@ -11,7 +11,7 @@ import torch
 
 from ros2_ood_seg.config import PipelineConfig, build_config, load_profile
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.pipeline import Pipeline
+from ros2_ood_seg.pipeline import Pipeline, check_stages
 
 HEIGHT, WIDTH = 96, 160
 BLOBS = ((20, 30, 24, 20), (100, 50, 30, 26))
@@ -76,6 +76,7 @@ def test_a_quiet_frame_gives_no_instances_and_no_prompts() -> None:
         (np.zeros((HEIGHT, WIDTH), np.uint8), f"({HEIGHT}, {WIDTH})"),
         (np.zeros((HEIGHT, WIDTH, 3), np.float32), "float32"),
         (np.zeros((8, WIDTH, 3), np.uint8), f"{WIDTH}x8"),
+        (np.zeros((200, 20, 3), np.uint8), "20x200 px, it must be at most 8 times as high as wide"),
         ("picture.png", "str"),
     ],
 )
@@ -110,6 +111,14 @@ def test_the_ignore_mask_hides_what_is_under_it(tmp_path: Path) -> None:
         Pipeline(config).run(image[: HEIGHT // 2], scores[: HEIGHT // 2])
 
 
+def test_warming_up_takes_the_size_of_the_ignore_mask(tmp_path: Path) -> None:
+    image, _ = scene()
+    cv2.imwrite(str(tmp_path / "hood.png"), np.zeros((HEIGHT, WIDTH), np.uint8))
+    pipeline = Pipeline(load_profile("compact_s2m", {"scorer.input_width": 160, "runtime.ignore_mask": str(tmp_path / "hood.png")}))
+    pipeline.warm_up(720, 1280)
+    assert pipeline.run(image).refined.shape == (HEIGHT, WIDTH)
+
+
 def test_a_missing_ignore_mask_is_named() -> None:
     with pytest.raises(InputError, match=r"no_such\.png"):
         Pipeline(settings(runtime={"ignore_mask": "no_such.png"}))
@@ -125,9 +134,33 @@ def test_stages_with_unchanged_settings_are_taken_over() -> None:
     assert third.scorer is not first.scorer
 
 
-def test_no_prompt_generator_is_an_error() -> None:
-    with pytest.raises(InputError, match="both 'none'"):
-        Pipeline(settings(prompts={}))
+def test_tracks_go_on_under_other_settings_and_end_with_other_tracking() -> None:
+    image, scores = scene()
+    first = Pipeline(settings(tracking={"enabled": True}))
+    before = first.run(image, scores).instances.track_ids
+    second = Pipeline(settings(tracking={"enabled": True}, fusion={"name": "s2m", "min_area_px": 5}), reuse=first)
+    assert torch.equal(second.run(image, scores).instances.track_ids, before)
+    third = Pipeline(settings(tracking={"enabled": True, "iou": 0.4}), reuse=second)
+    assert third.tracker is not second.tracker
+    assert Pipeline(settings(), reuse=second).tracker is None
+
+
+@pytest.mark.parametrize(
+    ("section", "names"),
+    [
+        ({"prompts": {}}, "both 'none'"),
+        ({"prompts": {"boxes": {"method": "guesses"}}}, "unknown box prompt generator 'guesses': use one of components"),
+        ({"prompts": {"points": {"method": "guesses"}}}, "unknown point prompt generator 'guesses'"),
+        ({"scorer": {"name": "guess"}}, "unknown scorer 'guess'"),
+        ({"segmenter": {"name": "guess"}}, "unknown segmenter 'guess'"),
+        ({"fusion": {"name": "guess"}}, "unknown fusion 'guess'"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_made_is_named_before_anything_is_loaded(section: dict[str, object], names: str) -> None:
+    with pytest.raises(InputError, match=names):
+        check_stages(settings(**section))
+    with pytest.raises(InputError, match=names):
+        Pipeline(settings(**section))
 
 
 def test_tracks_carry_over_and_reset_forgets() -> None:

@@ -94,7 +94,8 @@ def instances_message(result: FrameResult, header: Any) -> Any:
     """A ros2_ood_seg/AnomalyInstanceArray as the node publishes it: masks without overlaps, ids from 1 in order of score."""
     types = typestore().types
     instances = []
-    for number, (runs, track, score, raw, quality) in enumerate(DisjointInstances.from_instances(result.instances).rows(), start=1):
+    disjoint = DisjointInstances.from_instances(result.instances, result.min_area_px)
+    for number, (runs, track, score, raw, quality) in enumerate(disjoint.rows(), start=1):
         box = types["ros2_ood_seg/msg/BoundingBox"](*map(float, runs.box_xyxy), score)
         mask = types["ros2_ood_seg/msg/InstanceMask"](runs.height, runs.width, runs.counts())
         instances.append(types["ros2_ood_seg/msg/AnomalyInstance"](number, track, score, raw, quality, runs.area_px, box, mask))

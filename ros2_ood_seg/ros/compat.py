@@ -9,13 +9,13 @@ except Exception:
     CvBridge = None
 
 try:
-    from message_filters import ApproximateTimeSynchronizer, Subscriber, TimeSynchronizer
+    from message_filters import ApproximateTimeSynchronizer, SimpleFilter, Subscriber, TimeSynchronizer
 except ImportError:
-    from ros2_ood_seg.ros.message_sync import ApproximateTimeSynchronizer, Subscriber, TimeSynchronizer
+    from ros2_ood_seg.ros.message_sync import ApproximateTimeSynchronizer, SimpleFilter, Subscriber, TimeSynchronizer
 
 try:
     import vision_msgs.msg as vision_msgs
 except ImportError:
     vision_msgs = None
 
-__all__ = ["ApproximateTimeSynchronizer", "CvBridge", "Subscriber", "TimeSynchronizer", "vision_msgs"]
+__all__ = ["ApproximateTimeSynchronizer", "CvBridge", "SimpleFilter", "Subscriber", "TimeSynchronizer", "vision_msgs"]

@@ -70,13 +70,14 @@ class FrameStatistics:
         with self._lock:
             return {name: self._counts[name] for name in ("received", "answered", "replaced", "rejected")}
 
-    def status(self, name: str, state: str, about: Mapping[str, str]) -> DiagnosticStatus:
+    def status(self, name: str, state: str, about: Mapping[str, str], failure: str = "") -> DiagnosticStatus:
         """The diagnostics entry.
 
         Args:
             name: Full name of the node.
             state: Lifecycle state.
             about: Further entries: profile, device.
+            failure: What keeps the node from doing what it was told, until it is mended; other errors are forgotten after a while.
         """
         counts = self.counts()
         with self._lock:
@@ -87,7 +88,7 @@ class FrameStatistics:
                 p50, p95 = np.percentile(times_ms, (50, 95))
                 values[f"{stage} p50 [ms]"], values[f"{stage} p95 [ms]"] = f"{p50:.1f}", f"{p95:.1f}"
             values |= {"last error": self._error, "memory, peak [MiB]": f"{peak_memory_mb():.0f}"}
-            recent_error = self._error if time.monotonic() - self._error_s < _ERROR_MEMORY_S else ""
+            recent_error = failure or (self._error if time.monotonic() - self._error_s < _ERROR_MEMORY_S else "")
         if torch.cuda.is_initialized():
             values["GPU memory [MiB]"] = f"{torch.cuda.memory_allocated() / 2**20:.0f}"
         level, message = DiagnosticStatus.OK, f"{state}, {output_hz:.1f} Hz"

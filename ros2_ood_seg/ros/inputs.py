@@ -52,7 +52,10 @@ class FrameSource:
         config: Transport and matching.
         external: Whether every image needs an anomaly map.
         on_frame: Called with each frame, in the executor's thread.
-        on_problem: Called with a text when a publisher's quality of service does not fit.
+        on_problem: Called with a text when a publisher's quality of service does not fit, or a stamp.
+
+    Raises:
+        Exception: A quality of service that a parameter overrides cannot be used; no subscription is left behind.
     """
 
     def __init__(
@@ -64,21 +67,28 @@ class FrameSource:
         self._last_stamp_ns = 0
         self._images = 0
         self._frames = 0
+        self._subscribers: list[Any] = []
+        try:
+            self._subscribe(config, external)
+        except Exception:
+            self.destroy()
+            raise
+
+    def _subscribe(self, config: NodeConfig, external: bool) -> None:
+        node = self._node
         compressed = config.image_transport == "compressed"
         # A remapping of the base topic carries over to its transports, as with image_transport.
         topic = node.resolve_topic_name("image") + ("/compressed" if compressed else "")
         depth = config.external.queue_size if external else 1
         images = self._subscriber(CompressedImage if compressed else Image, topic, depth)
         images.registerCallback(self._on_image)
-        self._subscribers = [images]
         self._synchronizer = None
         if external:
-            maps = self._subscriber(Image, node.resolve_topic_name("anomaly_map"), depth)
-            self._subscribers.append(maps)
+            stamped = [self._stamped(images), self._stamped(self._subscriber(Image, node.resolve_topic_name("anomaly_map"), depth))]
             if config.external.slop_s > 0:
-                self._synchronizer = compat.ApproximateTimeSynchronizer(self._subscribers, depth, config.external.slop_s)
+                self._synchronizer = compat.ApproximateTimeSynchronizer(stamped, depth, config.external.slop_s)
             else:
-                self._synchronizer = compat.TimeSynchronizer(self._subscribers, depth)
+                self._synchronizer = compat.TimeSynchronizer(stamped, depth)
             self._synchronizer.registerCallback(self._pass_on)
         else:
             images.registerCallback(self._pass_on)
@@ -98,7 +108,7 @@ class FrameSource:
             policy = event.last_policy_kind
             self._on_problem(f"a publisher of {topic} offers an incompatible quality of service ({policy}); nothing of it arrives")
 
-        return compat.Subscriber(
+        subscriber = compat.Subscriber(
             self._node,
             kind,
             topic,
@@ -106,6 +116,21 @@ class FrameSource:
             qos_overriding_options=qos.overridable(),
             event_callbacks=SubscriptionEventCallbacks(incompatible_qos=incompatible),
         )
+        self._subscribers.append(subscriber)
+        return subscriber
+
+    def _stamped(self, source: Any) -> Any:
+        """What of a source can be matched: rclpy's times, and with them the synchronizers, know nothing before 1970."""
+        passed = compat.SimpleFilter()
+
+        def check(message: Any) -> None:
+            if message.header.stamp.sec < 0:
+                self._on_problem(f"a message is stamped {message.header.stamp.sec} s, before 1970, and is left out")
+            else:
+                passed.signalMessage(message)
+
+        source.registerCallback(check)
+        return passed
 
     def _on_image(self, image: Image | CompressedImage) -> None:
         stamp_ns = Frame(image).stamp_ns

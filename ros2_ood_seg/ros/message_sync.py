@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rclpy.node import Node
-from rclpy.time import Time
 
 
 class SimpleFilter:
@@ -63,7 +62,7 @@ class TimeSynchronizer(SimpleFilter):
 
     def add(self, msg: Any, my_queue: dict[int, Any], my_queue_index: int) -> None:
         """Takes a message and passes on the set that it completes."""
-        stamp_ns = Time.from_msg(msg.header.stamp).nanoseconds
+        stamp_ns = msg.header.stamp.sec * 1_000_000_000 + msg.header.stamp.nanosec
         my_queue[stamp_ns] = msg
         while len(my_queue) > self.queue_size:
             del my_queue[min(my_queue)]

@@ -20,6 +20,7 @@ from rclpy.clock import Clock, ClockType
 from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 
+from ros2_ood_seg.config import PipelineConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.pipeline import Pipeline
 from ros2_ood_seg.ros.diagnostics import FrameStatistics
@@ -51,6 +52,8 @@ class OodSegmenter(LifecycleNode):
         self._settings = Parameters(self)
         self._statistics = FrameStatistics()
         self._state = "unconfigured"
+        self._failure = ""
+        self._refused: PipelineConfig | None = None
         self._pipeline: Pipeline | None = None
         self._outputs: Outputs | None = None
         self._source: FrameSource | None = None
@@ -74,26 +77,31 @@ class OodSegmenter(LifecycleNode):
             pipeline = Pipeline(self._settings.pipeline_config)
             if warm_up.height and warm_up.width:
                 pipeline.warm_up(warm_up.height, warm_up.width)
+            self._outputs = Outputs(self, self._statistics)
         # rclpy drops exceptions of transitions without a word.
         except Exception as error:
             self._fail("cannot configure", error)
             return TransitionCallbackReturn.FAILURE
         self._pipeline = pipeline
-        self._outputs = Outputs(self, self._statistics)
         self.get_logger().info(f"profile '{pipeline.config.profile}' is ready on {pipeline.runtime.device}")
         return self._entered("inactive", super().on_configure(state))
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Starts the worker and subscribes."""
-        result = super().on_activate(state)
+        assert self._pipeline is not None
         self._statistics.clear()
         self._last_stamp_ns = 0
+        self._pipeline.reset()
         self._mailbox = Mailbox()
+        external = self._settings.pipeline_config.scorer.name == "external"
+        try:
+            self._source = FrameSource(self, self._settings.node_config, external, self._on_frame, self._on_problem)
+        except Exception as error:
+            self._fail("cannot activate", error)
+            return TransitionCallbackReturn.FAILURE
         self._worker = threading.Thread(target=self._work, args=(self._mailbox,), name="worker", daemon=True)
         self._worker.start()
-        external = self._settings.pipeline_config.scorer.name == "external"
-        self._source = FrameSource(self, self._settings.node_config, external, self._on_frame, self._on_problem)
-        return self._entered("active", result)
+        return self._entered("active", super().on_activate(state))
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Unsubscribes and waits for the frame in work, whose result is dropped."""
@@ -142,7 +150,7 @@ class OodSegmenter(LifecycleNode):
 
     def _entered(self, label: str, result: TransitionCallbackReturn) -> TransitionCallbackReturn:
         if result == TransitionCallbackReturn.SUCCESS:
-            self._state = label
+            self._state, self._failure = label, ""
         return result
 
     def _on_frame(self, frame: Frame) -> None:
@@ -180,15 +188,26 @@ class OodSegmenter(LifecycleNode):
             self._outputs.publish(frame.header, image, result, self._settings.node_config)
 
     def _current_pipeline(self) -> Pipeline:
-        """The pipeline with the parameters of this moment; stages whose settings are the same stay loaded."""
+        """The pipeline with the parameters of this moment; stages whose settings are the same stay loaded.
+
+        Parameters of which no pipeline can be made are refused, once, and the pipeline stays as it is.
+        """
         assert self._pipeline is not None
         wanted = self._settings.pipeline_config
-        if wanted != self._pipeline.config:
-            self._pipeline = Pipeline(wanted, reuse=self._pipeline)
+        if wanted == self._pipeline.config:
+            self._failure, self._refused = "", None
+        elif wanted != self._refused:
+            try:
+                self._pipeline = Pipeline(wanted, reuse=self._pipeline)
+                self._failure, self._refused = "", None
+            except Exception as error:
+                self._refused = wanted
+                self._fail("parameters cannot be used, those before them stay in force", error)
         return self._pipeline
 
     def _fail(self, what: str, error: Exception) -> None:
         text = f"{what}: {_describe(error)}"
+        self._failure = text
         self._statistics.failed(text)
         self.get_logger().error(text)
 
@@ -199,7 +218,7 @@ class OodSegmenter(LifecycleNode):
             about["device"] = str(self._pipeline.runtime.device)
         if self._source is not None and config.scorer.name == "external":
             about["images without anomaly_map"] = str(self._source.waiting)
-        status = self._statistics.status(self.get_fully_qualified_name(), self._state, about)
+        status = self._statistics.status(self.get_fully_qualified_name(), self._state, about, self._failure)
         message = DiagnosticArray(status=[status])
         message.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(message)

@@ -34,6 +34,9 @@ class Outputs:
     Args:
         node: Who publishes; the publishers follow its lifecycle.
         statistics: Told of every frame that is answered.
+
+    Raises:
+        Exception: A quality of service that a parameter overrides cannot be used; no publisher is left behind.
     """
 
     def __init__(self, node: LifecycleNode, statistics: FrameStatistics) -> None:
@@ -43,11 +46,15 @@ class Outputs:
         if compat.vision_msgs is not None:
             small["detections"] = compat.vision_msgs.Detection2DArray
         profiles = [(small, qos.small_output), (IMAGE_TOPICS, qos.image_output)]
-        self._publishers = {
-            name: node.create_lifecycle_publisher(kind, f"~/{name}", profile(), qos_overriding_options=qos.overridable())
-            for topics, profile in profiles
-            for name, kind in topics.items()
-        }
+        self._publishers: dict[str, Any] = {}
+        try:
+            for topics, profile in profiles:
+                for name, kind in topics.items():
+                    made = node.create_lifecycle_publisher(kind, f"~/{name}", profile(), qos_overriding_options=qos.overridable())
+                    self._publishers[name] = made
+        except Exception:
+            self.destroy()
+            raise
 
     def destroy(self) -> None:
         """Removes all publishers."""
@@ -64,7 +71,7 @@ class Outputs:
             config: Which topics are on, and how the overlay looks.
         """
         on = config.publish
-        disjoint = messages.DisjointInstances.from_instances(result.instances)
+        disjoint = messages.DisjointInstances.from_instances(result.instances, result.min_area_px)
         instances = messages.instances_message(disjoint, result, header)
         self._send("instances", instances)
         if on.boxes:
@@ -79,8 +86,8 @@ class Outputs:
             self._send("instance_mask", array_to_image(disjoint.labels, "mono16", header))
         if on.anomaly_map and self._wanted("anomaly_map"):
             self._send("anomaly_map", array_to_image(result.refined.float().cpu().numpy(), "32FC1", header))
-        semantic = result.score_map.semantic
-        if on.semantic and semantic is not None and self._wanted("semantic"):
+        # The classes are computed when they are asked for, so that comes last.
+        if on.semantic and self._wanted("semantic") and (semantic := result.score_map.semantic) is not None:
             self._send("semantic", array_to_image(semantic.cpu().numpy(), "mono8", header))
         if on.overlay and (self._wanted("overlay") or self._wanted("overlay/compressed")):
             overlay = draw_overlay(image, disjoint.instances(), result.score_map if config.overlay.heat else None)

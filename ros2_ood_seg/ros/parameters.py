@@ -16,6 +16,7 @@ from rclpy.parameter import Parameter
 
 from ros2_ood_seg.config import PipelineConfig, Setting, build_config, describe_allowed, iter_settings, load_profile
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.pipeline import check_stages
 
 # A change of these means loading another model or moving to another device: they are fixed while the node lives.
 _READ_ONLY = (
@@ -156,7 +157,7 @@ class Parameters:
 
     def _on_set(self, parameters: list[Parameter]) -> SetParametersResult:
         try:
-            self._validated({parameter.name: parameter.value for parameter in parameters})
+            check_stages(self._validated({parameter.name: parameter.value for parameter in parameters})[1])
         except InputError as error:
             return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)

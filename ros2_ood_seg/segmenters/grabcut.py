@@ -103,13 +103,21 @@ class GrabCutSegmenter:
         return np.ascontiguousarray(cv2.resize(window, size, interpolation=cv2.INTER_AREA)), scale
 
     def _cut(self, window: NDArray[np.uint8], trimap: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        prior = _foreground(trimap)
         if not (trimap == cv2.GC_BGD).any():
             trimap[[0, -1], :] = cv2.GC_BGD
             trimap[:, [0, -1]] = cv2.GC_BGD
+        if not _foreground(trimap).any():
+            # A strip of the whole picture, a row or two when shrunk: there is nothing to tell apart.
+            return prior
         cv2.setRNGSeed(0)
         model = np.zeros((2, 1, 65))
         cv2.grabCut(cv2.medianBlur(window, 3), trimap, None, model[0], model[1], self._config.iterations, cv2.GC_INIT_WITH_MASK)
-        return np.isin(trimap, (cv2.GC_FGD, cv2.GC_PR_FGD))
+        return _foreground(trimap)
+
+
+def _foreground(trimap: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    return np.isin(trimap, (cv2.GC_FGD, cv2.GC_PR_FGD))
 
 
 def _clip(rectangle: Rectangle, width: int, height: int) -> Rectangle:

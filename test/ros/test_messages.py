@@ -37,6 +37,19 @@ def make_result(masks: np.ndarray, scores: list[float] | None = None) -> FrameRe
     return FrameResult(instances, score_map, Prompts.empty(), score_map.scores, {"score": 1.5, "total": 2.5}, "test")
 
 
+def test_what_better_masks_leave_of_one_is_no_instance_when_it_is_too_small() -> None:
+    masks = np.zeros((3, 12, 20), bool)
+    masks[0, 2:10, 1:10] = masks[1, 2:10, 1:11] = masks[2, 2:10, 10:19] = True
+    instances = make_result(masks).instances
+    assert DisjointInstances.from_instances(instances).kept.tolist() == [0, 1, 2]
+    disjoint = DisjointInstances.from_instances(instances, min_area_px=9)
+    assert disjoint.kept.tolist() == [0, 2]
+    # Its pixels fall to the next one that claims them.
+    np.testing.assert_array_equal(disjoint.labels, 1 * masks[0] + 2 * masks[2])
+    assert [runs.area_px for runs in disjoint.runs] == [72, 72]
+    assert not DisjointInstances.from_instances(instances, min_area_px=1000).labels.any()
+
+
 @given(seed=st.integers(0, 10_000), count=st.integers(0, 8), height=st.integers(1, 12), width=st.integers(1, 12))
 def test_masks_label_image_boxes_and_areas_agree(seed: int, count: int, height: int, width: int) -> None:
     random = np.random.default_rng(seed)

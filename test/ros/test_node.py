@@ -147,6 +147,41 @@ def test_parameters_change_while_running(running: Running) -> None:
     assert client.call(SetParameters, "set_parameters", request).results[0].successful
     ask(client, 201 * SECOND, (10, 30, 40, 60), (80, 50, 86, 56))
     assert len(client.answer("instances", 201 * SECOND).instances) == 1
+    # The track is the one of before.
+    before = {instance.box.x_min < 64: instance.track_id for instance in client.answer("instances", 200 * SECOND).instances}
+    assert client.answer("instances", 201 * SECOND).instances[0].track_id == before[True]
+
+
+def test_parameters_that_cannot_be_used_are_refused_and_frames_go_on(running: Running) -> None:
+    node, client = running
+
+    def put(name: str, **value: object) -> object:
+        request = SetParameters.Request(parameters=[Parameter(name=name, value=ParameterValue(**value))])
+        return client.call(SetParameters, "set_parameters", request).results[0]
+
+    refused = put("fusion.name", type=ParameterType.PARAMETER_STRING, string_value="magic")
+    assert not refused.successful
+    assert "unknown fusion 'magic': use one of s2m" in refused.reason
+    # Two that go together only turn out to contradict each other when the stage is made.
+    assert put("scorer.external_low", type=ParameterType.PARAMETER_DOUBLE, double_value=2.0).successful
+    ask(client, 220 * SECOND, (10, 30, 40, 60))
+    ask(client, 221 * SECOND, (10, 30, 40, 60))
+    complaint = "parameters cannot be used, those before them stay in force: scorer.external_low is 2.0"
+    client.until(lambda: client.diagnostics.get("message", "").startswith(complaint), "the complaint")
+    assert node.output.count(complaint) == 1
+    assert put("scorer.external_low", type=ParameterType.PARAMETER_DOUBLE, double_value=0.0).successful
+    ask(client, 222 * SECOND, (10, 30, 40, 60))
+    assert len(client.answer("instances", 222 * SECOND).instances) == 1
+
+
+def test_messages_stamped_before_1970_are_left_out(running: Running) -> None:
+    node, client = running
+    image, scores = scene((10, 30, 40, 60))
+    client.until(
+        lambda: "before 1970" in client.diagnostics.get("last error", ""), "a complaint", again=lambda: send(client, -SECOND, image, scores)
+    )
+    ask(client, 230 * SECOND, (10, 30, 40, 60))
+    assert "Traceback" not in node.output
 
 
 def test_tracks_start_anew_when_time_jumps_back(running: Running) -> None:
@@ -199,10 +234,12 @@ def test_lifecycle_from_a_failed_configuration_to_shutdown(start_node: StartNode
     assert transition(client, Transition.TRANSITION_CONFIGURE)
     assert state(client) == "inactive"
     assert client.images.get_subscription_count() == 0
-    for stamp_ns in (1 * SECOND, 2 * SECOND):
+    for stamp_ns, box in ((1 * SECOND, (10, 30, 40, 60)), (2 * SECOND, (80, 30, 110, 60))):
         assert transition(client, Transition.TRANSITION_ACTIVATE)
         client.connect()
-        ask(client, stamp_ns, (10, 30, 40, 60))
+        ask(client, stamp_ns, box)
+        # Between two activations anything may have happened: tracks start anew.
+        assert [instance.track_id for instance in client.answer("instances", stamp_ns).instances] == [1]
         assert transition(client, Transition.TRANSITION_DEACTIVATE)
         client.until(lambda: client.images.get_subscription_count() == 0, "the node to unsubscribe")
     assert transition(client, Transition.TRANSITION_CLEANUP)
@@ -212,6 +249,22 @@ def test_lifecycle_from_a_failed_configuration_to_shutdown(start_node: StartNode
     assert state(client) == "finalized"
     assert node.end() == 0
     assert "Traceback" not in node.output
+
+
+def test_a_quality_of_service_that_cannot_be_used_is_named(start_node: StartNode, client: Client) -> None:
+    name = "qos_overrides./image.subscription.reliability"
+    node = start_node(**{name: "relaible"})
+    client.until(lambda: "cannot activate" in client.diagnostics.get("message", ""), "the reason")
+    assert "relaible" in node.output
+    assert client.diagnostics["state"] == state(client) == "inactive"
+    assert client.images.get_subscription_count() == 0
+    # It does not look well again as time goes by.
+    client.spin(11.0)
+    assert "cannot activate" in client.diagnostics["message"]
+    broken = start_node(remaps=("__ns:=/other",), **{"qos_overrides./other/ood_segmenter/overlay.publisher.depth": "two"})
+    client.until(lambda: "cannot configure" in broken.output, "the other's reason")
+    assert client.node.count_publishers("/other/ood_segmenter/instances") == 0
+    assert node.end() == broken.end() == 0
 
 
 def test_compressed_images_remapped_in_a_namespace_under_simulated_time(start_node: StartNode, dds: int) -> None:

@@ -54,6 +54,12 @@ def test_the_same_frame_gives_the_same_masks_whatever_came_before() -> None:
     assert torch.equal(first, swapped[[1, 3]])
 
 
+@pytest.mark.parametrize("box", [(0, 60, 1920, 63), (0, 200, 1920, 212), (0, 0, 1920, 30), (700, 0, 708, 1080), (0, 0, 1920, 1080)])
+def test_a_strip_of_the_whole_picture_is_no_error(box: tuple[float, float, float, float]) -> None:
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (1080, 1920, 3), dtype=np.uint8))
+    assert segment(image, [box], []).masks[0].any()
+
+
 def test_a_mask_stays_in_its_box() -> None:
     image, _ = scene()
     mask = segment(image, [(140.0, 60.0, 170.0, 100.0)], []).masks[0]

@@ -458,7 +458,7 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
         if not separator or not key:
             raise InputError(f"'{assignment}' must be KEY=VALUE, as in prompts.points.count=100")
         try:
-            overrides[key] = yaml.safe_load(value)
+            overrides[key] = yaml.safe_load(value) if value else ""
         except yaml.YAMLError as error:
             raise InputError(f"value of '{assignment}' cannot be read: {' '.join(str(error).split())}") from error
     return overrides

@@ -7,6 +7,7 @@ The one decoder of the project: bags are read with it directly, and ``ros/images
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -18,6 +19,8 @@ from ros2_ood_seg.errors import InputError
 Buffer = Any
 """Anything with the buffer protocol: bytes, an array, the ``array.array`` of an rclpy message."""
 
+_TAIL_BYTES = 65_536
+"""Among so many last bytes of a file is its end marker, whatever a camera appends."""
 MAX_SIDE_PX = 16_384
 """No camera is larger: a message that claims more is damaged."""
 
@@ -188,6 +191,45 @@ def decode_compressed(data: Buffer, image_format: str = "") -> NDArray[np.uint8]
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
+def read_rgb(path: Path) -> NDArray[np.uint8]:
+    """An image file as (H, W, 3) uint8 RGB, whatever its depth and channels.
+
+    Orientation tags are not applied: label files have none, and have to fit.
+
+    Raises:
+        InputError: Missing, truncated or no image.
+    """
+    try:
+        bgr = _decode_file(path.read_bytes(), "", cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read: {error.strerror}") from error
+    except InputError as error:
+        raise InputError(f"'{path}' cannot be read as an image: {error}") from error
+    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def check_image_file(path: Path) -> None:
+    """Looks at both ends of an image file, which is quick, to find what is missing, empty or cut short before hours of work.
+
+    Raises:
+        InputError: It is one of these.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            tail = file.read()
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read: {error.strerror}") from error
+    if not head or _is_cut(head, tail):
+        raise InputError(f"'{path}' is {'cut short: it has no end marker' if head else 'empty'}")
+
+
+def _is_cut(head: bytes, tail: bytes) -> bool:
+    """Whether a JPEG or PNG with this beginning and end lacks its end marker."""
+    return any(head.startswith(magic) and end not in tail for magic, end in ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND")))
+
+
 def decode_compressed_labels(data: Buffer, image_format: str = "") -> NDArray[np.int32]:
     """Decodes a losslessly compressed label image of 8 or 16 bit.
 
@@ -245,10 +287,8 @@ def _decode_file(data: Buffer, image_format: str, flags: int) -> NDArray[Any]:
     if raw.size == 0:
         raise InputError(f"{kind} is empty")
     # OpenCV fills what is missing of a cut JPEG or PNG with grey and reports nothing.
-    head, tail = raw[:4].tobytes(), raw[-65_536:].tobytes()
-    for magic, end in ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND")):
-        if head.startswith(magic) and end not in tail:
-            raise InputError(f"{kind} of {raw.size} bytes is cut short: it has no end marker")
+    if _is_cut(raw[:4].tobytes(), raw[-_TAIL_BYTES:].tobytes()):
+        raise InputError(f"{kind} of {raw.size} bytes is cut short: it has no end marker")
     try:
         image = cv2.imdecode(raw, flags)
     except cv2.error as error:

@@ -130,6 +130,9 @@ def _open_video(path: Path) -> Source:
             capture.release()
         if not number:
             skip(f"{path}: the video holds no readable frame")
+        # Some containers only estimate how many frames they hold.
+        elif number < 0.95 * count - 1:
+            skip(f"{path}: the video breaks off after {number} of {count} frames")
 
     return Source(path, max(0, count), True, frames)
 
@@ -243,6 +246,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--every is {args.every}, it must be 1 or more")
     if args.max_frames < 0:
         raise InputError(f"--max-frames is {args.max_frames}, it must be 1 or more, or 0 for all")
+    for path in args.inputs:
+        if path.is_dir() and not is_bag(path) and path.resolve() == args.output.resolve():
+            raise InputError(f"--output '{args.output}' is the folder of the pictures: files beside them would be replaced; name another")
     overrides = parse_overrides(args.set)
     if args.weights_dir:
         overrides["runtime.weights_dir"] = args.weights_dir

@@ -59,3 +59,25 @@ def test_an_unknown_command_lists_the_known_ones() -> None:
 def test_settings_show_what_was_overridden(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["settings", "compact", "--set", "prompts.points.count=77"]) == 0
     assert "prompts.points.count = 77" in capsys.readouterr().out
+
+
+def test_what_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for error, words in (
+        (OSError(28, "No space left on device"), "ood-seg: No space"),
+        (PermissionError(13, "no", "/a"), "ood-seg: '/a': no"),
+    ):
+
+        def run(_args: object, error: OSError = error) -> int:
+            raise error
+
+        monkeypatch.setattr("ros2_ood_seg.settings_command._run", run)
+        assert cli.main(["settings"]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith(words)
+        assert printed.count("\n") == 1
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    command = f"set -o pipefail; {sys.executable} -m ros2_ood_seg.cli settings | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -171,3 +171,28 @@ def test_what_is_no_input_is_named(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             open_source(tmp_path / name)
+
+
+def test_a_video_that_breaks_off_is_named(work, capsys):
+    put(work, "clip_000000")
+    writer = cv2.VideoWriter(str(work / "clip.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10.0, (WIDTH, HEIGHT))
+    for k in range(20):
+        writer.write(scene(k)[0][..., ::-1])
+        np.save(work / "maps" / f"clip_{k:06d}.npy", scene(k)[1])
+    writer.release()
+    assert segment(work, work / "clip.avi") == 0
+    assert "20 frames:" in capsys.readouterr().out
+    whole = (work / "clip.avi").read_bytes()
+    (work / "clip.avi").write_bytes(whole[: len(whole) // 2])
+    assert segment(work, work / "clip.avi") == 0
+    printed = capsys.readouterr()
+    assert "the video breaks off after" in printed.err
+    assert "1 skipped" in printed.out
+
+
+def test_results_do_not_go_where_the_pictures_are(work, capsys):
+    picture = put(work, "a", "out")
+    (work / "out" / "a.json").write_text("labels of mine")
+    assert segment(work, work / "out") == 2
+    assert "is the folder of the pictures" in capsys.readouterr().err
+    assert (picture.with_suffix(".json")).read_text() == "labels of mine"

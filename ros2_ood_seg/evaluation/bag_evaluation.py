@@ -21,7 +21,7 @@ from ros2_ood_seg.evaluation.drive_page import drive_html, unmeasured_report
 from ros2_ood_seg.evaluation.evaluate import Evaluation, Options
 from ros2_ood_seg.evaluation.events import EventRule, Track, TrackLog
 from ros2_ood_seg.evaluation.replayed import Recording, iter_answers, node_figures
-from ros2_ood_seg.evaluation.results_bag import Answer, ResultsBag, result_messages
+from ros2_ood_seg.evaluation.results_bag import INSTANCES_TOPIC, Answer, ResultsBag, result_messages
 from ros2_ood_seg.pipeline import Pipeline
 
 
@@ -142,10 +142,21 @@ def find_bags(paths: Sequence[Path], output: Path, image_topic: str | None, labe
         while any(run.name == name for run in runs):
             name += "_"
         results = output.with_suffix(".mcap") if len(paths) == 1 else output.with_name(f"{output.stem}.{name}.mcap")
-        if results.resolve() == path.resolve():
-            raise InputError(f"--output '{output}': the results bag '{results}' would replace the recording; choose another name")
+        if any(results.resolve() == recording.resolve() for recording in paths) or _is_recording(results):
+            raise InputError(f"--output '{output}': the results bag '{results}' would replace a recording; choose another name")
         runs.append(BagRun(name, path, topic.name, labels, results, topic.count))
     return runs
+
+
+def _is_recording(path: Path) -> bool:
+    """Whether a file is a bag, but none of results; an interrupted evaluation leaves one that cannot be read."""
+    if not path.exists():
+        return False
+    try:
+        with BagReader(path) as bag:
+            return all(topic.name != INSTANCES_TOPIC for topic in bag.topics)
+    except InputError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -277,8 +288,8 @@ class BagEvaluation:
         with BagReader(run.path) as bag:
             for image, labels in bag.iter_frames(run.topic, *run.label_topics):
                 external = self.job.external
-                score_map = None if external is None else read_map(external / f"{image.stamp_ns}.npy")
                 try:
+                    score_map = None if external is None else read_map(external / f"{image.stamp_ns}.npy")
                     rgb = image.rgb()
                     if not self._warm:
                         self.pipeline.warm_up(*rgb.shape[:2])

@@ -138,10 +138,12 @@ def checked_output(path: Path) -> Path:
     """Makes the folder of an output file.
 
     Raises:
-        InputError: It cannot be made, or the path is a folder itself.
+        InputError: It cannot be made, the path is a folder itself or does not end in ``.json``.
     """
     if path.is_dir():
         raise InputError(f"--output '{path}' is a folder; name a file, as {path / 'report.json'}")
+    if path.suffix != ".json":
+        raise InputError(f"--output '{path}' must end in .json: other files of its name are written beside it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -167,6 +169,8 @@ def summary(report: dict[str, Any]) -> str:
         ("instances", [("AP", report["instance"]["ap"]), ("AP50", report["instance"]["ap50"])]),
     ]
     lines = [f"{report['profile']} on {report['dataset']}, {report['images']} images"]
+    if report["pixel"].get("positives") == 0:
+        lines.append("  no pixel is labelled 1 (anomaly), so most figures say nothing; 255 means ignore, masks of 0 and 255 do not fit")
     rows = [(name, values) for name, values in rows if any(value is not None for _, value in values)]
     lines += [f"  {name:<14}" + "   ".join(f"{key:>5} {show(value)}" for key, value in values) for name, values in rows]
     total = report["timings_ms"].get("total")

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.image_encodings import read_rgb
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 IDENTITY: Mapping[int, int] = {0: 0, 1: 1, 255: 255}
@@ -130,13 +131,6 @@ def _read(path: Path, flags: int) -> NDArray[np.uint8]:
     if image is None:
         raise InputError(f"'{path}' cannot be read as an image")
     return image  # type: ignore[no-any-return]
-
-
-def read_rgb(path: Path) -> NDArray[np.uint8]:
-    """An image file as (H, W, 3) uint8 RGB, whatever its depth and channels; orientation tags are not applied."""
-    bgr = _read(path, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    rgb: NDArray[np.uint8] = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-    return rgb
 
 
 def read_labels(path: Path, values: Mapping[int, int] = IDENTITY) -> NDArray[np.uint8]:
@@ -264,9 +258,24 @@ def _smiyc(name: str, track: str, prefix: str) -> Callable[[Path], DataSet]:
     return find
 
 
-def files_ending(root: Path, end: str) -> dict[str, Path]:
-    """Files below a folder whose names end so, by what comes before; the last of several of one name."""
-    return {path.name[: -len(end)]: path for path in sorted(root.rglob(f"*{end}"))}
+def files_ending(root: Path, end: str, *, by_folder: bool = False) -> dict[str, Path]:
+    """Files below a folder whose names end so, by what comes before.
+
+    Args:
+        root: The folder.
+        end: As ``_labels.png``.
+        by_folder: The folders below ``root`` belong to the name, as ``t5_1``: numbers start anew in each.
+
+    Raises:
+        InputError: Two files of one name.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(root.rglob(f"*{end}")):
+        name = ("_".join(path.relative_to(root).parts) if by_folder else path.name)[: -len(end)]
+        if name in found:
+            raise InputError(f"'{found[name]}' and '{path}' have the same name; results are named by it")
+        found[name] = path
+    return found
 
 
 def _fishyscapes(name: str, folder: str, track: str) -> Callable[[Path], DataSet]:
@@ -322,8 +331,8 @@ def _lost_and_found(root: Path) -> DataSet:
 
 def _street_hazards(root: Path) -> DataSet:
     """``images/test/**/<stem>.png``, ``annotations/test/**/<stem>.png``: 14 anomaly, 1 to 13 normal."""
-    images = files_ending(root / "images" / "test", ".png")
-    labels = files_ending(root / "annotations" / "test", ".png")
+    images = files_ending(root / "images" / "test", ".png", by_folder=True)
+    labels = files_ending(root / "annotations" / "test", ".png", by_folder=True)
     if not labels:
         raise InputError(f"'{root / 'annotations' / 'test'}' holds no label files")
     found = {stem: (images.get(stem), label) for stem, label in labels.items()}
@@ -372,4 +381,7 @@ def open_dataset(name: str, root: str | Path) -> DataSet:
     folder = Path(root)
     if not folder.is_dir():
         raise InputError(f"--root '{root}' is not a folder")
-    return LAYOUTS[name](folder)
+    dataset = LAYOUTS[name](folder)
+    if not len(dataset):
+        raise InputError(f"'{root}' holds no labelled frame of '{name}'")
+    return dataset

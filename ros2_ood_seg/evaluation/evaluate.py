@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import time
@@ -30,6 +31,7 @@ from ros2_ood_seg.evaluation.store import PartStore
 from ros2_ood_seg.pipeline import Pipeline
 from ros2_ood_seg.types import FrameResult, Instances, boxes_from_masks
 from ros2_ood_seg.visualization import draw_overlay
+from ros2_ood_seg.weights.store import search_dirs
 
 EXACT_PIXELS = 512_000_000
 """Up to this many pixels scores are pooled exactly (about 20 bytes of disk a pixel while it runs); beyond it they are coarsened."""
@@ -87,7 +89,12 @@ class Evaluation:
         self.pipeline = pipeline
         self.options = options
         self.exact = options.pixel_mode == "exact" or (options.pixel_mode == "auto" and expected_pixels <= EXACT_PIXELS)
-        stamp = {"exact": self.exact, "minimum": vars(options.minimum), "pipeline": pipeline_stamp(pipeline.config)}
+        stamp = {
+            "exact": self.exact,
+            "minimum": vars(options.minimum),
+            "pipeline": pipeline_stamp(pipeline.config),
+            "save": str(options.save or ""),
+        }
         self.store = PartStore(work, {**stamp, **(fingerprint or {})}, join)
         self._names: dict[str, None] = {}
         self._warm = False
@@ -233,13 +240,18 @@ class Evaluation:
 
 
 def pipeline_stamp(config: PipelineConfig) -> str:
-    """A hash of what a pipeline's results depend on, the same on every machine: settings, this package's code, weights files."""
+    """A hash of what a pipeline's results depend on, the same on every machine: settings, this package's code, weights, calibration."""
     digest = hashlib.sha256(json.dumps(config.model_dump(), sort_keys=True).encode())
     digest.update(_code_stamp())
     package = Path(ros2_ood_seg.__file__).parent
     named = [Path(str(s.value)) for s in iter_settings(config) if s.kind is str and s.value]
     folders = [package / "weights", *(path for path in named if path.is_dir())]
-    files = [path for path in named if path.is_file()] + [path for folder in folders for path in sorted(folder.rglob("*"))]
+    folders += [path for path in search_dirs(None)[1:] if path.is_dir()]
+    files = [path for path in named if path.is_file()]
+    # Calibration and class statistics lie beside the weights.
+    kinds = ("calibration", "statistics")
+    files += [beside for path in files for kind in kinds for beside in sorted(path.parent.glob(f"{glob.escape(path.stem)}.{kind}.*"))]
+    files += [path for folder in folders for path in sorted(folder.rglob("*"))]
     for path in files:
         if path.is_file() and path.suffix not in (".py", ".pyc"):
             digest.update(f"{path.name} {path.stat().st_size}".encode())
@@ -339,7 +351,16 @@ def load_frames(dataset: DataSet, sources: Iterable[Source], ahead: bool) -> Ite
             yield reading.result()
 
 
-def dataset_stamp(dataset: DataSet) -> list[list[str | int]]:
-    """Files of a data set by size and time, to notice a change between two runs."""
-    paths = [path for source in dataset.sources for path in (source.image, source.label, source.instances) if path is not None]
-    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+def source_stamps(dataset: DataSet, external: Path | None = None) -> dict[str, list[list[str | int]]]:
+    """The files of each frame by size and time, to notice a change between two runs.
+
+    Args:
+        dataset: The frames.
+        external: Folder of score maps, or None.
+    """
+    stamps: dict[str, list[list[str | int]]] = {}
+    for source in dataset.sources:
+        maps = None if external is None else external / f"{source.name}.npy"
+        paths = [path for path in (source.image, source.label, source.instances, maps) if path is not None and path.is_file()]
+        stamps[source.name] = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    return stamps

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ros2_ood_seg.config import PipelineConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.datasets import DataSet, Source, read_map
-from ros2_ood_seg.evaluation.evaluate import Evaluation, Options, dataset_stamp, load_frames
+from ros2_ood_seg.evaluation.evaluate import Evaluation, Options, load_frames, source_stamps
 from ros2_ood_seg.pipeline import Pipeline
 from ros2_ood_seg.runtime import Runtime
 
@@ -50,9 +50,12 @@ class Job:
         Raises:
             InputError: Settings, weights or the folder cannot be used.
         """
-        fingerprint = {"dataset": dataset_stamp(self.dataset), "external": str(self.external or "")}
+        fingerprint = {"dataset": [self.dataset.name, str(self.dataset.root)], "external": str(self.external or "")}
         pixels = len(self.dataset) * self.dataset.load(self.dataset.sources[0]).label.size
-        return Evaluation(Pipeline.from_config(self.config), self.work, self.options, fingerprint, pixels, join)
+        evaluation = Evaluation(Pipeline.from_config(self.config), self.work, self.options, fingerprint, pixels, join)
+        if not join:
+            evaluation.store.keep(source_stamps(self.dataset, self.external))
+        return evaluation
 
     def run(self, evaluation: Evaluation, sources: Sequence[Source], done: Callable[[int], object]) -> None:
         """Evaluates some frames in this process.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from ros2_ood_seg.evaluation.pixel import ScoreCounts
 COUNTS = ("score_1", "score_0", "refined_1", "refined_0")
 MAPS = ("refined_map", "label_map")
 KINDS = frozenset(("part", "group", "picture", "tmp", CountsWriter.SUFFIX, *MAPS, *COUNTS, *(f"{key}_counts" for key in COUNTS)))
+_SOURCES = "sources.json"
 
 
 class PartStore:
@@ -46,7 +48,7 @@ class PartStore:
             )
         if not same:
             self.clear()
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             path.write_text(stamp, encoding="utf-8")
 
     def clear(self) -> None:
@@ -57,8 +59,27 @@ class PartStore:
             if path.suffix[1:] in KINDS:
                 path.unlink()
         # The fingerprint goes last: it is what marks the folder as ours.
-        (self.folder / "fingerprint.json").unlink(missing_ok=True)
-        self.folder.rmdir()
+        for name in (_SOURCES, "fingerprint.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        # What someone else put there stays.
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def keep(self, stamps: Mapping[str, Any]) -> None:
+        """Forgets finished frames whose files are others than when they were measured.
+
+        Args:
+            stamps: What the result of each frame depends on, by its name; plain data.
+        """
+        path = self.folder / _SOURCES
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        now = {name: json.loads(json.dumps(stamp)) for name, stamp in stamps.items()}
+        for name, stamp in now.items():
+            if before.get(name) != stamp:
+                self._file(name, "part").unlink(missing_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps({**before, **now}), encoding="utf-8")
+        partial.replace(path)
 
     def has(self, name: str) -> bool:
         """Whether the frame is finished."""

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from ros2_ood_seg.config import load_profile
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.cli import parse_overrides
-from ros2_ood_seg.evaluation.datasets import files_ending, list_images, read_map, read_rgb
+from ros2_ood_seg.evaluation.datasets import files_ending, list_images, read_map
+from ros2_ood_seg.image_encodings import read_rgb
 from ros2_ood_seg.pipeline import Pipeline
 from ros2_ood_seg.types import FrameResult
 

@@ -58,8 +58,9 @@ def read_calibration(weights: Path, key: str, fallback: Calibration) -> Calibrat
         if key in calibrations:
             return calibrations[key]
     _LOG.warning(
-        "no calibration '%s' in %s: raw scores of %g to %g count as 0 to 1 until 'ood-seg calibrate --scorer %s --images DIR' has been run",
-        key, path, fallback.raw[0], fallback.raw[-1], key.split("/", maxsplit=1)[0],
+        "no calibration '%s' in %s: raw scores of %g to %g count as 0 to 1 until "
+        "'ood-seg calibrate --scorer %s --score %s --weights %s --images DIR' has been run, with the --input-width of the profile",
+        key, path, fallback.raw[0], fallback.raw[-1], *key.split("/", maxsplit=1), weights,
     )  # fmt: skip
     return fallback
 

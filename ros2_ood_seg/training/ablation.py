@@ -208,6 +208,10 @@ def run_sweep(
     overrides = {"runtime.device": args.device, **parse_overrides(args.set)}
     output = checked_output(args.output)
     order = [dataset.root.name for dataset in datasets]
+    if twice := sorted({name for name in order if order.count(name) > 1}):
+        raise InputError(
+            f"--root names several folders called '{twice[0]}', which the table could not tell apart: use links of other names"
+        )
     rows: list[AnyRow] = []
     with TemporaryDirectory(prefix=f".{output.stem}-", dir=output.parent) as folder:
         sweep = Sweep(args.profile, overrides, Path(folder))

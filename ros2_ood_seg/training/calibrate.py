@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from tqdm import tqdm
 
 from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.image_encodings import read_rgb
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import SCORERS
 from ros2_ood_seg.scorers.base import CalibratedScorer, Scorer
 from ros2_ood_seg.scorers.calibration import write_calibration
 from ros2_ood_seg.scorers.compact import SCORES, CompactScorer, score_of
 from ros2_ood_seg.training.class_statistics import SOURCES, make_statistics
-from ros2_ood_seg.training.outlier_exposure import list_images, read_rgb
+from ros2_ood_seg.training.outlier_exposure import list_images
 from ros2_ood_seg.types import Calibration
 
 PIXELS_PER_FRAME = 40_000
@@ -94,6 +96,11 @@ def run(args: argparse.Namespace) -> int:
     elif args.statistics:
         raise InputError(f"--statistics is for {' and '.join(SOURCES)}, scorer '{args.scorer}' needs none")
     scorer: CalibratedScorer = SCORERS.get(args.scorer)(config, runtime)
+    if not os.access(scorer.weights_path.parent, os.W_OK):
+        raise InputError(
+            f"the calibration belongs beside '{scorer.weights_path}', whose folder cannot be written: "
+            "copy the file to one of yours and name it with --weights, and with scorer.weights where it is used"
+        )
     with torch.inference_mode():
         result = calibrate(scorer, images, runtime.device)
     path = write_calibration(scorer.weights_path, scorer.calibration_key, result)

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from ros2_ood_seg.config import ScorerConfig
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.image_encodings import read_rgb
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import deeplab, sml
 from ros2_ood_seg.scorers.network import network_input
 from ros2_ood_seg.scorers.statistics import StatisticsSource
-from ros2_ood_seg.training.outlier_exposure import read_rgb
 from ros2_ood_seg.weights.store import save_weights
 
 _CHUNK = 65_536

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.training.road_images import IGNORE, check_all, evenly_spread, list_images, read_rgb
+from ros2_ood_seg.image_encodings import check_image_file, read_rgb
+from ros2_ood_seg.training.road_images import IGNORE, check_all, evenly_spread, list_images
 
 KNOWN_CLASSES: Mapping[str, int] = {
     "person": 2,
@@ -50,7 +51,7 @@ class Cutout:
         image: Picture file.
         group: Image or sequence it comes from; training and validation are split by it.
         polygons: Outlines, each (K, 2) float px, or None when ``mask`` is given.
-        crowds: Further masks in COCO's run-length encoding, ``{"size": [h, w], "counts": ...}``.
+        coded: Further masks in COCO's run-length encoding, ``{"size": [h, w], "counts": ...}``.
         mask: Mask file, or None when ``polygons`` are given.
         mask_id: Value of the object in ``mask`` (panoptic: R + 256 G + 65536 B).
         semantic: The in-distribution class of an object that Cityscapes knows, or :data:`IGNORE` for an anomaly.
@@ -59,10 +60,15 @@ class Cutout:
     image: Path
     group: str
     polygons: tuple[NDArray[np.float32], ...] | None = None
-    crowds: tuple[Mapping[str, Any], ...] = ()
+    coded: tuple[Mapping[str, Any], ...] = ()
     mask: Path | None = None
     mask_id: int = 255
     semantic: int = IGNORE
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether anything says where it is: tools export empty lists of polygons for what they cannot outline."""
+        return self.mask is not None or bool(self.polygons or self.coded)
 
     @property
     def is_anomaly(self) -> bool:
@@ -91,8 +97,8 @@ class Cutout:
             for polygon in self.polygons:
                 # COCO counts from pixel corners, OpenCV from pixel centres.
                 cv2.fillPoly(alpha, [np.round((polygon - 0.5) * 8).astype(np.int32)], 255, shift=3)
-            for crowd in self.crowds:
-                alpha[_decoded(crowd, shape_hw, self.image)] = 255
+            for mask in self.coded:
+                alpha[decode_runs(mask, shape_hw, self.image)] = 255
         else:
             raw = cv2.imread(str(self.mask), cv2.IMREAD_UNCHANGED)
             if raw is None or raw.shape[:2] != shape_hw:
@@ -189,9 +195,9 @@ def coco_regions(root: Path) -> Iterator[CocoRegion]:
             files = {i["id"]: pictures / i["file_name"] for i in tree["images"]}
             for item in tree["annotations"]:
                 picture, shapes, name = files[item["image_id"]], item["segmentation"], names[item["category_id"]]
-                polygons, crowds = (_polygons(shapes), ()) if isinstance(shapes, list) else ((), (shapes,))
-                cutout = Cutout(picture, f"coco/{picture.stem}", polygons=polygons, crowds=crowds, semantic=KNOWN_CLASSES.get(name, IGNORE))
-                yield CocoRegion(cutout, name, item["area"], True, bool(item.get("iscrowd")) or not isinstance(shapes, list))
+                polygons, coded = (_polygons(shapes), ()) if isinstance(shapes, list) else ((), (shapes,))
+                cutout = Cutout(picture, f"coco/{picture.stem}", polygons=polygons, coded=coded, semantic=KNOWN_CLASSES.get(name, IGNORE))
+                yield CocoRegion(cutout, name, item["area"], True, bool(item.get("iscrowd")))
 
 
 def coco_panoptic_regions(root: Path) -> Iterator[CocoRegion]:
@@ -256,7 +262,11 @@ def _objects(regions: Iterator[CocoRegion], min_area_px: int) -> list[Cutout]:
     return [
         region.cutout
         for region in regions
-        if region.is_thing and not region.is_crowd and region.name not in AMBIGUOUS_CLASSES and region.area_px >= min_area_px
+        if region.is_thing
+        and not region.is_crowd
+        and region.name not in AMBIGUOUS_CLASSES
+        and region.area_px >= min_area_px
+        and region.cutout.has_mask
     ]
 
 
@@ -357,18 +367,28 @@ def _whole_pictures(tree: Any, names: Mapping[int, str], files: Mapping[int, Pat
             continue
         shapes = [item["segmentation"] for item in items]
         polygons = tuple(polygon for shape in shapes if isinstance(shape, list) for polygon in _polygons(shape))
-        crowds = tuple(shape for shape in shapes if not isinstance(shape, list))
-        yield Cutout(files[picture], f"coco/{files[picture].stem}", polygons=polygons, crowds=crowds)
+        coded = tuple(shape for shape in shapes if not isinstance(shape, list))
+        yield Cutout(files[picture], f"coco/{files[picture].stem}", polygons=polygons, coded=coded)
 
 
 def _polygons(shapes: list[Any]) -> tuple[NDArray[np.float32], ...]:
     return tuple(np.asarray(shape, np.float32).reshape(-1, 2) for shape in shapes)
 
 
-def _decoded(crowd: Mapping[str, Any], shape_hw: tuple[int, int], picture: Path) -> NDArray[np.bool_]:
-    if tuple(crowd["size"]) != shape_hw:
-        raise InputError(f"a mask of '{picture}' is for {crowd['size'][1]}x{crowd['size'][0]} px, it has {shape_hw[1]}x{shape_hw[0]}")
-    compressed = coco_mask.frPyObjects(dict(crowd), *shape_hw) if isinstance(crowd["counts"], list) else crowd
+def decode_runs(mask: Mapping[str, Any], shape_hw: tuple[int, int], picture: object) -> NDArray[np.bool_]:
+    """A mask in COCO's run-length encoding, compressed or not, as (H, W) bool.
+
+    Args:
+        mask: ``{"size": [h, w], "counts": ...}``.
+        shape_hw: Of the picture.
+        picture: For messages.
+
+    Raises:
+        InputError: The mask is of another size.
+    """
+    if tuple(mask["size"]) != shape_hw:
+        raise InputError(f"a mask of '{picture}' is for {mask['size'][1]}x{mask['size'][0]} px, it has {shape_hw[1]}x{shape_hw[0]}")
+    compressed = coco_mask.frPyObjects(dict(mask), *shape_hw) if isinstance(mask["counts"], list) else mask
     return np.asarray(coco_mask.decode(compressed), np.bool_)
 
 
@@ -389,9 +409,11 @@ def _existing(cutouts: list[Cutout], root: Path) -> list[Cutout]:
     """Checks that all files are there, and reads some objects."""
     if not cutouts:
         raise InputError(f"'{root}' holds no usable objects")
-    for path in {p for c in cutouts for p in (c.image, c.mask) if p is not None}:
+    paths = sorted({p for c in cutouts for p in (c.image, c.mask) if p is not None})
+    for path in paths:
         if not path.is_file():
             raise InputError(f"'{root}' names the file '{path}', which does not exist")
+    check_all(check_image_file, paths, "check pictures")
     for cutout in evenly_spread(cutouts):
         cutout.read()
     return cutouts

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.image_encodings import read_rgb
 from ros2_ood_seg.scorers.network import CITYSCAPES_CLASSES
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES
-from ros2_ood_seg.training.outlier_exposure import IGNORE, Cutout, OutlierExposure, PasteSettings, RoadImage, RoadSample, read_rgb
+from ros2_ood_seg.training.outlier_exposure import IGNORE, Cutout, OutlierExposure, PasteSettings, RoadImage, RoadSample
 from ros2_ood_seg.training.outlier_losses import OUTLIER, VOID
 from ros2_ood_seg.training.scorer import ScorerData
 

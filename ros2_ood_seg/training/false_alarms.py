@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ros2_ood_seg.config import load_profile, parse_overrides
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.evaluation.cli import checked_output
 from ros2_ood_seg.pipeline import Pipeline
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES
 from ros2_ood_seg.training.road_images import (
@@ -185,6 +186,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: No set or an unusable one, a profile that cannot run, or an output that cannot be written.
     """
+    output = checked_output(args.output)
     sets = [_limited(frames, args.max_images) for frames in _read(args)]
     config = load_profile(args.profile, {**parse_overrides(args.set), "tracking.enabled": False})
     pipeline = Pipeline(config)
@@ -199,15 +201,14 @@ def run(args: argparse.Namespace) -> int:
     half_score = half_score_for(highest, config.fusion.half_score)
     print(f"one instance in 20 frames scores above {highest:.3f}; with fusion.half_score={half_score:.3f} that would be 0.5")
     try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(
+        output.write_text(
             json.dumps({"profile": config.profile, "half_score": half_score, "sets": report}, indent=2) + "\n", encoding="utf-8"
         )
         picture = worst.picture()
         if picture is not None:
-            cv2.imwrite(str(args.output.with_suffix(".png")), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            cv2.imwrite(str(output.with_suffix(".png")), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     except OSError as error:
-        raise InputError(f"output '{args.output}' cannot be written: {error.strerror}") from error
+        raise InputError(f"output '{output}' cannot be written: {error.strerror}") from error
     return 0
 
 
@@ -224,7 +225,11 @@ def _read(args: argparse.Namespace) -> list[Frames]:
         images = [road for road in read_road_folder(folder) if not args.held_out or is_held_out(road.image.stem, _TRAINING_HOLDS_OUT)]
         if not images:
             raise InputError(f"--held-out leaves no picture of '{folder}': a quarter is held out, chosen by name")
-        sets.append(Frames(folder.name, images))
+        taken = {frames.name for frames in sets}
+        name = next((name for name in (folder.resolve().name, str(folder)) if name not in taken), "")
+        if not name:
+            raise InputError(f"--roads names '{folder}' twice")
+        sets.append(Frames(name, images))
     if not sets:
         raise InputError("false-alarms needs at least one of --camvid, --idd-lite, --cityscapes and --roads")
     return sets

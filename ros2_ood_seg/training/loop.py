@@ -8,6 +8,7 @@ run equals one that was never interrupted, its log included.
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import pickle
 import time
@@ -117,9 +118,10 @@ class TrainingLoop:
         checkpoint_minutes: Time between checkpoints, used without ``checkpoint_every``.
         checkpoint_name: File name in ``output``.
         writes: Whether this process writes and shows anything; under ``torchrun`` only the first one does.
+        origin: What the training begins from and learns from beside its recipe, as :func:`file_stamp` of the first weights.
 
     Raises:
-        InputError: The checkpoint is damaged, or of another recipe or network.
+        InputError: The checkpoint is damaged, or of another recipe, origin or network.
     """
 
     def __init__(
@@ -135,7 +137,9 @@ class TrainingLoop:
         checkpoint_minutes: float = 5.0,
         checkpoint_name: str = "checkpoint.pt",
         writes: bool = True,
+        origin: Mapping[str, str] | None = None,
     ) -> None:
+        self._origin = dict(origin or {})
         self.done = 0
         """Iterations done."""
         self.seconds = 0.0
@@ -207,7 +211,8 @@ class TrainingLoop:
 
     def _save(self) -> None:
         state = {name: part.state_dict() for name, part in self._parts.items()}
-        progress = {"done": self.done, "seconds": self.seconds, "recent": self._recent, "recipe": asdict(self._recipe)}  # type: ignore[call-overload]
+        recipe = asdict(self._recipe)  # type: ignore[call-overload]
+        progress = {"done": self.done, "seconds": self.seconds, "recent": self._recent, "recipe": recipe, "origin": self._origin}
         partial = self._checkpoint.with_suffix(".partial")
         torch.save({**state, **progress}, partial)
         partial.replace(self._checkpoint)
@@ -221,6 +226,12 @@ class TrainingLoop:
         changed = changes(saved.get("recipe"), asdict(self._recipe), defaults, may_change)  # type: ignore[call-overload]
         if changed:
             raise InputError(f"checkpoint '{self._checkpoint}' is of another recipe ({'; '.join(changed)}): choose another output folder")
+        # Checkpoints of earlier versions do not say where they came from.
+        others = changes(saved.get("origin") or None, self._origin, self._origin)
+        if others:
+            raise InputError(
+                f"checkpoint '{self._checkpoint}' began from something else ({'; '.join(others)}): choose another output folder"
+            )
         try:
             for name, part in self._parts.items():
                 part.load_state_dict(saved[name])
@@ -231,6 +242,11 @@ class TrainingLoop:
             raise InputError(f"checkpoint '{self._checkpoint}' is of another network, choose another output folder: {text}") from error
         self.seconds = float(saved.get("seconds", 0.0))
         self._recent = list(saved.get("recent", []))
+
+
+def file_stamp(path: Path | None) -> str:
+    """What tells a file from others, wherever it lies: a hash of its content; "none" without one."""
+    return "none" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def changes(

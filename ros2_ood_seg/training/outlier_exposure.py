@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.image_encodings import read_rgb
 from ros2_ood_seg.training.cutouts import Cutout, procedural_cutout, procedural_outline, read_coco, read_coco_panoptic, read_mask_folder
 from ros2_ood_seg.training.road_images import (
     IGNORE,
@@ -27,7 +28,6 @@ from ros2_ood_seg.training.road_images import (
     read_camvid,
     read_cityscapes,
     read_idd_lite,
-    read_rgb,
     read_road_folder,
 )
 from ros2_ood_seg.training.scenes import UNCOUNTED, Scene
@@ -50,7 +50,6 @@ __all__ = [
     "read_coco_panoptic",
     "read_idd_lite",
     "read_mask_folder",
-    "read_rgb",
     "read_road_folder",
     "tight_boxes_xyxy",
 ]

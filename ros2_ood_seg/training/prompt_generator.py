@@ -23,7 +23,7 @@ from torchvision.ops import box_iou
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.prompts.networks.detectron2 import convert_detectron2_state, is_detectron2_state
 from ros2_ood_seg.prompts.networks.rcnn import SMALL_NETWORKS, InputMode, MapInput, s2m_rcnn
-from ros2_ood_seg.training.loop import TrainingLoop
+from ros2_ood_seg.training.loop import TrainingLoop, file_stamp
 from ros2_ood_seg.training.processes import Processes
 from ros2_ood_seg.training.score_maps import LabelledMap, ScoreMaps
 from ros2_ood_seg.types import Calibration
@@ -264,6 +264,7 @@ class PreparedTraining:
             checkpoint_every=recipe.checkpoint_every,
             checkpoint_name="last.pt",
             writes=self._processes.rank == 0,
+            origin={"init": file_stamp(find_weights(str(init)) if init is not None else None)},
         )
 
     def run(self, maps: ScoreMaps, extra_metadata: dict[str, Any] | None = None) -> Path:

@@ -22,7 +22,7 @@ from ros2_ood_seg.training.outlier_exposure import contact_sheet as frames_sheet
 from ros2_ood_seg.training.processes import joined_processes, own_device
 from ros2_ood_seg.training.prompt_generator import PRESETS, PreparedTraining, PromptTraining, contact_sheet
 from ros2_ood_seg.training.score_maps import ScoreMaps, check_recipe, score_sample, write_score_maps
-from ros2_ood_seg.training.scorer import ScorerData
+from ros2_ood_seg.training.scorer import ScorerData, data_stamp
 from ros2_ood_seg.training.setting_flags import add_paste_settings, add_setting, changed_paste
 
 
@@ -94,6 +94,8 @@ class ExposedFrames:
         self._scenes = scenes
         self.width = recipe.width
         """Width of their score maps, px."""
+        self.data = " and ".join(data_stamp(side.roads, side.cutouts) for side in (seen, unseen))
+        """How much there is of both sides."""
 
     def __len__(self) -> int:
         return self._recipe.count
@@ -151,21 +153,24 @@ def run(args: argparse.Namespace) -> int:
     folder = args.maps or args.output / "maps"
     with joined_processes(runtime.device) as processes:
         scorer = frozen_scorer(args, map_recipe, runtime)
+        frames = exposed_frames(args, map_recipe, recipe)
         made_by = {
+            "data": frames.data,
             "scorer": args.scorer,
             "scorer_sha256": hashlib.sha256(scorer.weights_path.read_bytes()).hexdigest(),
             "seed": recipe.seed,
             "held_out": recipe.held_out,
             **asdict(map_recipe),
         }
-        check_recipe(folder, made_by, _DEFAULTS)
-        frames = exposed_frames(args, map_recipe, recipe)
+        # Maps of earlier versions do not say what they were made from.
+        defaults = {**_DEFAULTS, "data": made_by["data"]}
+        check_recipe(folder, made_by, defaults)
         if args.preview:
             print(*write_preview(args.output, frames, scorer, recipe, runtime.device), sep="\n")
             return 0
         training = PreparedTraining(recipe, args.output, device=runtime.device, init=args.init)
         part = (processes.rank, processes.world)
-        write_score_maps(folder, frames, scorer, map_recipe.width, made_by, runtime.device, defaults=_DEFAULTS, part=part)
+        write_score_maps(folder, frames, scorer, map_recipe.width, made_by, runtime.device, defaults=defaults, part=part)
         processes.wait()
         path = training.run(ScoreMaps.read(folder), extra_metadata={"maps": made_by})
         if processes.rank == 0:
@@ -232,9 +237,6 @@ def exposed_frames(args: argparse.Namespace, map_recipe: MapRecipe, recipe: Prom
     for unseen in (False, True):
         roads, cutouts = data.read(held_out=unseen)
         side = "to hold out" if unseen else "to learn from"
-        for folder, source in zip(args.roads, roads[len(roads) - len(args.roads) :], strict=True):
-            if not source:
-                raise InputError(f"'{folder}' has no pictures {side}, a quarter is held out by name: give it more")
         if map_recipe.paste.procedural < 1.0 and not any(cutout.is_anomaly for cutout in cutouts):
             raise InputError(f"there are no objects {side}, 15 of 100 are held out by name: give more")
         sides.append(OutlierExposure(roads, cutouts, map_recipe.paste, recipe.seed, map_recipe.count))

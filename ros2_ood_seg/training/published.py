@@ -24,9 +24,9 @@ from ros2_ood_seg.scorers.networks.deeplab_anomaly import AnomalyDeepLab, DeepLa
 from ros2_ood_seg.scorers.networks.deeplab_mobilenet_v2 import DeepLabMobileNetV2
 from ros2_ood_seg.training import outlier_losses as losses
 from ros2_ood_seg.training.exposure_batches import ExposureBatch, ExposureData, collate
-from ros2_ood_seg.training.loop import TrainingLoop
+from ros2_ood_seg.training.loop import TrainingLoop, file_stamp
 from ros2_ood_seg.training.outlier_exposure import PasteSettings
-from ros2_ood_seg.training.scorer import MAY_CHANGE, ScorerData, average_precision, batches
+from ros2_ood_seg.training.scorer import MAY_CHANGE, ScorerData, average_precision, batches, data_stamp
 from ros2_ood_seg.weights.families import recognise, without_prefixes
 from ros2_ood_seg.weights.store import WeightFile, load_weights, save_weights
 
@@ -295,6 +295,7 @@ def train_published(
         panels=(("total", *method.terms), ("val_ap", "val_miou")),
         may_change=MAY_CHANGE,
         checkpoint_minutes=recipe.checkpoint_minutes,
+        origin={"init": file_stamp(init), "data": data_stamp(*exposure.train)},
     )
     _training_mode(network, method)
 

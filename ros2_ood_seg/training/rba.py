@@ -24,11 +24,11 @@ from ros2_ood_seg.scorers.mask2former import RBA, load_checkpoint, mask_scores
 from ros2_ood_seg.scorers.networks.deeplab import normalise_imagenet, upsample_aligned
 from ros2_ood_seg.scorers.networks.mask2former import SIZE_DIVISIBILITY, Mask2Former, Mask2FormerOutput
 from ros2_ood_seg.training.exposure_batches import ExposureBatch, ExposureData, collate
-from ros2_ood_seg.training.loop import TrainingLoop
+from ros2_ood_seg.training.loop import TrainingLoop, file_stamp
 from ros2_ood_seg.training.outlier_exposure import PasteSettings
 from ros2_ood_seg.training.outlier_losses import OUTLIER, VOID, Terms
-from ros2_ood_seg.training.scorer import MAY_CHANGE, ScorerData, average_precision, batches
-from ros2_ood_seg.weights.store import save_weights
+from ros2_ood_seg.training.scorer import MAY_CHANGE, ScorerData, average_precision, batches, data_stamp
+from ros2_ood_seg.weights.store import find_weights, save_weights
 
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "heads": ("sem_seg_head.predictor.class_embed.", "sem_seg_head.predictor.mask_embed."),
@@ -245,6 +245,7 @@ def train_rba(data: ScorerData, recipe: RbaTraining, output: Path, init: Path, d
         panels=(("total", "outlier", "segmentation"), ("val_ap", "val_accuracy")),
         may_change=MAY_CHANGE,
         checkpoint_minutes=recipe.checkpoint_minutes,
+        origin={"init": file_stamp(find_weights(str(init))), "data": data_stamp(*exposure.train)},
     )
     _training_mode(network, recipe)
 

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.image_encodings import check_image_file, read_rgb
 
 IGNORE = 255
 """Label of pixels that carry no information."""
 
 _INVALID = 254
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -144,6 +145,7 @@ def read_cityscapes(root: Path, split: str) -> list[RoadImage]:
 def read_road_folder(root: Path) -> list[RoadImage]:
     """A folder of road pictures without labels."""
     items = [RoadImage(path, None, {}) for path in list_images(root)]
+    check_all(check_image_file, [item.image for item in items], "check pictures")
     for item in evenly_spread(items):
         item.read()
     return items
@@ -161,18 +163,6 @@ def list_images(folder: Path, *, recursive: bool = False) -> list[Path]:
     if not paths:
         raise InputError(f"folder '{folder}' holds no pictures ({', '.join(_IMAGE_SUFFIXES)})")
     return paths
-
-
-def read_rgb(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB.
-
-    Raises:
-        InputError: The file is missing or no picture.
-    """
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if image is None:
-        raise InputError(f"picture '{path}' cannot be read")
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def is_held_out(group: str, fraction: float) -> bool:
@@ -212,5 +202,6 @@ def _checked(items: list[RoadImage]) -> list[RoadImage]:
     """Reads every label and some pictures, so that bad data is found now and not after hours of work."""
     for item in evenly_spread(items):
         item.read()
+    check_all(check_image_file, [item.image for item in items], "check pictures")
     check_all(RoadImage.read_label, items, "check labels")
     return items

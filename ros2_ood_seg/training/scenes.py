@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.image_encodings import read_rgb
 from ros2_ood_seg.training.cutouts import (
     AMBIGUOUS_CLASSES,
     KNOWN_CLASSES,
@@ -21,7 +22,7 @@ from ros2_ood_seg.training.cutouts import (
     coco_panoptic_regions,
     coco_regions,
 )
-from ros2_ood_seg.training.road_images import IGNORE, evenly_spread, read_rgb
+from ros2_ood_seg.training.road_images import IGNORE, evenly_spread
 
 UNCOUNTED = -1
 """Instance id of pixels that are neither normal nor anomalous."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, MOBILENET_V2, OUTPUT_STRIDE, CompactNet, CompactOutput
-from ros2_ood_seg.training.loop import TrainingLoop
+from ros2_ood_seg.training.loop import TrainingLoop, file_stamp
 from ros2_ood_seg.training.outlier_exposure import (
     IGNORE,
     Cutout,
@@ -98,6 +98,10 @@ class ScorerData:
         cutouts += read_coco_panoptic(self.coco_panoptic) if self.coco_panoptic else []
         for folder in self.objects:
             cutouts += read_mask_folder(folder, keep=_is_clean_anomaly if folder.name != "davis" else _DAVIS_ANIMALS.__contains__)
+        for folder, source in zip(self.roads, sources[len(sources) - len(self.roads) :], strict=True):
+            if not source:
+                side = "to hold out" if held_out else "to learn from"
+                raise InputError(f"'{folder}' has no pictures {side}, {self.held_out:.0%} are held out by name: give it more")
         if not sources:
             raise InputError("training needs at least one set of road images: --camvid, --idd-lite, --cityscapes or --roads")
         return sources, [c for c in cutouts if self._is_held_out(c.group) == held_out]
@@ -264,6 +268,7 @@ def train_scorer(
         panels=_PANELS,
         may_change=MAY_CHANGE,
         checkpoint_minutes=recipe.checkpoint_minutes,
+        origin={"init": file_stamp(init), "data": data_stamp(sources, cutouts)},
     )
 
     def step(batch: Batch) -> dict[str, Tensor]:
@@ -292,6 +297,11 @@ def train_scorer(
     remaining = range(loop.done, recipe.iterations)
     loop.run(batches(dataset, collate, size=recipe.batch_size, iterations=remaining, workers=recipe.workers), step, at_checkpoint)
     return output / "scorer.safetensors"
+
+
+def data_stamp(sources: Sequence[Sequence[object]], cutouts: Sequence[object]) -> str:
+    """How much there is to learn from, which tells most data sets apart wherever they lie."""
+    return f"{' + '.join(str(len(source)) for source in sources)} frames, {len(cutouts)} objects"
 
 
 def start_from(net: CompactNet, path: Path) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.image_encodings import read_rgb
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import SCORERS
 from ros2_ood_seg.scorers.base import CalibratedScorer
@@ -22,7 +23,7 @@ from ros2_ood_seg.scorers.compact import from_weights
 from ros2_ood_seg.scorers.networks.compact import ENCODERS, STRIDE, CompactNet
 from ros2_ood_seg.training.averaging import add_averaging, average_weights, check_averaging
 from ros2_ood_seg.training.calibrate import calibrate, calibrate_compact
-from ros2_ood_seg.training.outlier_exposure import OutlierExposure, PasteSettings, contact_sheet, read_rgb
+from ros2_ood_seg.training.outlier_exposure import OutlierExposure, PasteSettings, contact_sheet
 from ros2_ood_seg.training.published import METHODS, PublishedTraining, train_published
 from ros2_ood_seg.training.scorer import ScorerData, ScorerTraining, train_scorer
 from ros2_ood_seg.training.setting_flags import add_paste_settings, changed_paste
@@ -83,6 +84,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--calibration-frames", type=int, default=200, metavar="N", help="held-out frames per set for the calibration (%(default)s)"
     )
+    parser.add_argument(
+        "--input-width",
+        type=int,
+        default=ScorerConfig().input_width,
+        help="all but compact: width of the calibration's frames, px, as scorer.input_width where the scorer will be used (%(default)s)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 leaves torch's choice")
     parser.set_defaults(run=run)
@@ -123,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     runtime = Runtime.from_config(RuntimeConfig(device=args.device, precision="float32", threads=args.threads))
     if isinstance(recipe, PublishedTraining):
         released = train_published(data, recipe, args.output, args.init, runtime.device)
-        calibrate_published(released, data, args.calibration_frames, runtime)
+        calibrate_published(released, data, args.calibration_frames, runtime, args.input_width)
     else:
         trained = train_scorer(data, recipe, args.output, args.init, runtime.device)
         provenance = {"start": args.init.name if args.init else "random"}

@@ -22,13 +22,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from ros2_ood_seg.config import RuntimeConfig, SegmenterConfig
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.evaluation.cli import checked_output
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.segmenters import SEGMENTERS
 from ros2_ood_seg.segmenters.base import PromptableSegmenter
 from ros2_ood_seg.segmenters.compact import CROP_PX, FAMILY, POINT_CROP_PX, from_network
 from ros2_ood_seg.segmenters.networks.compact import CompactNet
 from ros2_ood_seg.training.averaging import add_averaging, average_weights, check_averaging
-from ros2_ood_seg.training.loop import TrainingLoop
+from ros2_ood_seg.training.loop import TrainingLoop, file_stamp
 from ros2_ood_seg.training.segmenter_data import (
     Batch,
     Image,
@@ -174,6 +175,7 @@ def train_segmenter(
         panels=_PANELS,
         may_change=_MAY_CHANGE,
         checkpoint_minutes=recipe.checkpoint_minutes,
+        origin={"init": file_stamp(init.path if init else None), "data": f"{len(objects)} objects, {len(backgrounds)} road frames"},
     )
     net.train()
 
@@ -370,6 +372,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _run_evaluation(args: argparse.Namespace, runtime: Runtime) -> int:
+    output = checked_output(args.output)
     segmenter = SEGMENTERS.get(args.evaluate)(SegmenterConfig(name=args.evaluate, weights=args.weights), runtime)
     sets = {folder.name: load_labelled(folder) for folder in args.labelled}
     report: dict[str, Any] = {}
@@ -380,8 +383,7 @@ def _run_evaluation(args: argparse.Namespace, runtime: Runtime) -> int:
     report.update({name: measure(segmenter, objects, runtime.device, args.seed) for name, objects in sets.items()})
     if not report:
         raise InputError("--evaluate needs --objects or --labelled")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"segmenter": args.evaluate, **report}, indent=2) + "\n", encoding="utf-8")
+    output.write_text(json.dumps({"segmenter": args.evaluate, **report}, indent=2) + "\n", encoding="utf-8")
     for name, kinds in report.items():
         print(f"{name}: " + ", ".join(f"{kind} {values['iou']:.3f}" for kind, values in kinds.items()))
     return 0

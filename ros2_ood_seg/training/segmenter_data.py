@@ -20,10 +20,12 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.evaluation.datasets import read_labels
+from ros2_ood_seg.image_encodings import read_rgb
 from ros2_ood_seg.segmenters.compact import View, network_input
 from ros2_ood_seg.segmenters.windows import Box, box_window, clip_box, point_window
-from ros2_ood_seg.training.cutouts import Cutout, coco_parts, in_layout, read_json, read_mask, read_mask_folder
-from ros2_ood_seg.training.road_images import is_held_out, list_images, read_rgb
+from ros2_ood_seg.training.cutouts import Cutout, coco_parts, decode_runs, in_layout, read_json, read_mask, read_mask_folder
+from ros2_ood_seg.training.road_images import is_held_out, list_images
 
 Kind = Literal["box", "point", "both"]
 Image = NDArray[np.uint8]
@@ -125,7 +127,9 @@ def load_labelled(root: Path, min_area_px: int = 50) -> list[SegmentedObject]:
         raise InputError(f"'{root}' must hold folders images and labels")
     objects = []
     for path in list_images(root / "images"):
-        image, label = read_rgb(path), _read_gray(root / "labels" / f"{path.stem}.png")
+        image, label = read_rgb(path), read_labels(root / "labels" / f"{path.stem}.png")
+        if label.shape != image.shape[:2]:
+            raise InputError(f"the labels of '{path}' are {label.shape[1]}x{label.shape[0]} px, it is {image.shape[1]}x{image.shape[0]}")
         count, components = cv2.connectedComponents((label == 1).astype(np.uint8), connectivity=8)
         for index in range(1, count):
             mask = np.where(components == index, 255, np.where(label == 255, 128, 0)).astype(np.uint8)
@@ -180,20 +184,27 @@ def _reader(folder: Path) -> _Reader | None:
 
 def _coco(root: Path) -> Iterator[_Picture]:
     for path, folder in coco_parts(root, "instances"):
-        polygons: dict[int, list[Any]] = {}
+        shapes: dict[int, list[Any]] = {}
         with in_layout(path, "COCO instances"):
             annotations = read_json(path)
             for annotation in annotations["annotations"]:
-                if not annotation["iscrowd"]:
-                    polygons.setdefault(annotation["image_id"], []).append(annotation["segmentation"])
+                # Tools export empty lists of polygons for what they cannot outline.
+                if not annotation.get("iscrowd") and annotation["segmentation"]:
+                    shapes.setdefault(annotation["image_id"], []).append(annotation["segmentation"])
             pictures = [(entry["id"], entry["file_name"]) for entry in annotations["images"]]
         for index, name in pictures:
-            yield _Picture(folder / name, name, partial(_draw_polygons, polygons.get(index, [])))
+            yield _Picture(folder / name, name, partial(_draw_objects, name, shapes.get(index, [])))
 
 
-def _draw_polygons(objects: list[Any], shape_hw: tuple[int, ...]) -> list[Image]:
+def _draw_objects(name: str, objects: list[Any], shape_hw: tuple[int, ...]) -> list[Image]:
+    """One mask for each object, which is a list of polygons or run lengths."""
     height, width = shape_hw
-    return [coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(item, height, width))) * np.uint8(255) for item in objects]
+    return [
+        coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(item, height, width))) * np.uint8(255)
+        if isinstance(item, list)
+        else decode_runs(item, (height, width), name) * np.uint8(255)
+        for item in objects
+    ]
 
 
 def _coco_panoptic(root: Path) -> Iterator[_Picture]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ros2_ood_seg.errors import WeightsError
 
+_LOG = logging.getLogger(__name__)
 BUNDLED_DIR = Path(__file__).resolve().parent
 ENVIRONMENT_VARIABLE = "OOD_SEG_WEIGHTS"
 _NUMPY_SCALARS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
@@ -69,11 +71,13 @@ def find_weights(name: str, weights_dir: Path | None = None) -> Path:
             return Path(name)
         raise WeightsError(f"weights file '{name}' does not exist")
     dirs = search_dirs(weights_dir)
-    for folder in dirs:
-        for suffix in _SUFFIXES:
-            path = folder / f"{name}{suffix}"
-            if path.is_file():
-                return path
+    found = [path for folder in dirs for suffix in _SUFFIXES if (path := folder / f"{name}{suffix}").is_file()]
+    if found:
+        if found[0].parent == BUNDLED_DIR and len(found) > 1:
+            _LOG.warning(
+                "the bundled '%s' comes before '%s': name that file in the settings (scorer.weights, ...) to use it", name, found[1]
+            )
+        return found[0]
     looked = ", ".join(str(folder) for folder in dirs)
     raise WeightsError(
         f"no weights '{name}' in {looked}: see 'ood-seg weights list', then set runtime.weights_dir or {ENVIRONMENT_VARIABLE}"

@@ -232,3 +232,33 @@ def test_score_maps_are_numbers(tmp_path: Path) -> None:
         np.save(path, bad)
         with pytest.raises(InputError, match=message):
             read_map(path)
+
+
+def test_frames_of_equal_number_in_several_folders(tmp_path: Path) -> None:
+    for folder in ("t5", "t6"):
+        put(tmp_path / "images" / "test" / folder / "1.png", image())
+        put(tmp_path / "annotations" / "test" / folder / "1.png", np.full((3, 4), 14, np.uint8))
+    assert [source.name for source in open_dataset("street_hazards", tmp_path).sources] == ["t5_1", "t6_1"]
+    for folder in ("a", "b"):
+        put(tmp_path / folder / "1_instanceIds.png", LABEL)
+        put(tmp_path / folder / "1.png", image())
+    with pytest.raises(InputError, match=r"a/1_instanceIds.png' and '.*b/1_instanceIds.png' have the same name"):
+        open_dataset("oodis", tmp_path)
+
+
+def test_a_set_without_any_labelled_frame(tmp_path: Path) -> None:
+    put(tmp_path / "leftImg8bit" / "test" / "x" / "1_leftImg8bit.png", image())
+    put(tmp_path / "gtCoarse" / "test" / "x" / "1_gtCoarse_labelIds.png", np.zeros((3, 4), np.uint8))
+    with pytest.raises(InputError, match="holds no labelled frame of 'lost_and_found'"):
+        open_dataset("lost_and_found", tmp_path)
+
+
+def test_pictures_that_are_cut_short_are_refused(tmp_path: Path) -> None:
+    plain(tmp_path)
+    put(tmp_path / "images" / "c.jpg", image(2, (300, 400, 3)))
+    put(tmp_path / "labels" / "c.png", np.zeros((300, 400), np.uint8))
+    whole = (tmp_path / "images" / "c.jpg").read_bytes()
+    (tmp_path / "images" / "c.jpg").write_bytes(whole[: len(whole) // 2])
+    dataset = open_dataset("folder", tmp_path)
+    with pytest.raises(InputError, match=r"c\.jpg' cannot be read as an image: .* is cut short"):
+        dataset.load(dataset.sources[2])

@@ -238,3 +238,16 @@ def test_score_maps_that_are_not_finite_are_refused(data: Path, tmp_path: Path, 
     arguments = ["evaluate", "--root", str(data), "--external", str(data / "maps"), "--output", str(tmp_path / "report.json"), *EXTERNAL]
     assert main(arguments) == 2
     assert "finite" in capsys.readouterr().err
+
+
+def test_masks_of_0_and_255_are_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (data / "labels").iterdir():
+        cv2.imwrite(str(path), np.where(cv2.imread(str(path), cv2.IMREAD_UNCHANGED) == 1, 255, 0).astype(np.uint8))
+    run(data, tmp_path / "report.json")
+    assert "no pixel is labelled 1 (anomaly)" in capsys.readouterr().out
+
+
+def test_a_report_has_to_be_json(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("report.html", "compact_0.5", "report"):
+        assert main(["evaluate", "--root", str(data), "--output", str(tmp_path / name)]) == 2
+        assert f"{name}' must end in .json" in capsys.readouterr().err

@@ -340,4 +340,27 @@ def test_the_results_bag_does_not_replace_the_recording(tmp_path, capsys):
     with BagWriter(tmp_path / "out/report.mcap") as bag:
         write_frames(bag, tmp_path / "maps", range(0), range(1))
     evaluate(tmp_path, "--bag", tmp_path / "out/report.mcap", "--image-topic", "/front/image", code=2)
-    assert "would replace the recording" in capsys.readouterr().err
+    assert "would replace a recording" in capsys.readouterr().err
+
+
+def test_the_results_bag_replaces_results_and_no_other_bag(tmp_path, capsys):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(8))
+    (tmp_path / "out").mkdir()
+    with BagWriter(tmp_path / "out/report.mcap") as bag:
+        write_frames(bag, tmp_path / "maps", range(0), range(1))
+    arguments = ("--bag", tmp_path / "drive", "--image-topic", "/front/image")
+    evaluate(tmp_path, *arguments, code=2)
+    assert "would replace a recording" in capsys.readouterr().err
+    (tmp_path / "out/report.mcap").unlink()
+    evaluate(tmp_path, *arguments)
+    evaluate(tmp_path, *arguments)
+
+
+def test_a_frame_without_its_score_map_is_rejected_and_the_others_go_on(tmp_path, capsys):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(8))
+    (tmp_path / "maps" / f"{stamp(3)}.npy").unlink()
+    report = evaluate(tmp_path, "--bag", tmp_path / "drive", "--image-topic", "/front/image")
+    assert f"{stamp(3)}.npy" in capsys.readouterr().err
+    assert report["drive"]["frames"] == 7

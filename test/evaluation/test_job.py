@@ -16,7 +16,7 @@ from ros2_ood_seg.cli import main
 from ros2_ood_seg.config import load_profile
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.datasets import Source, open_dataset
-from ros2_ood_seg.evaluation.evaluate import Evaluation, Options
+from ros2_ood_seg.evaluation.evaluate import Evaluation, Options, pipeline_stamp
 from ros2_ood_seg.evaluation.job import Job, Worker, run_on_ray
 
 SHAPE = (48, 64)
@@ -146,3 +146,38 @@ def test_bad_arguments_end_with_2_and_one_line(
     common = ["evaluate", "--root", str(job.dataset.root), "--external", str(job.external), "--output", str(tmp_path / "r.json"), *settings]
     assert main([*common, "--profile", "compact_s2m", *arguments]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_frames_whose_files_changed_are_measured_again_and_no_others(job: Job) -> None:
+    job.run(job.open(), job.dataset.sources, lambda _: None)
+    assert all(job.open().has(str(k)) for k in range(FRAMES))
+    path = job.dataset.sources[2].image
+    cv2.imwrite(str(path), np.full((*SHAPE, 3), 90, np.uint8))
+    os.utime(path, ns=(1, 1))
+    np.save(job.external / "4.npy", np.zeros(SHAPE, np.float32))
+    os.utime(job.external / "4.npy", ns=(1, 1))
+    assert [job.open().has(str(k)) for k in range(FRAMES)] == [True, True, False, True, False]
+
+
+def test_what_someone_else_put_into_the_folder_stays_and_does_no_harm(job: Job) -> None:
+    job.run(job.open(), job.dataset.sources[:1], lambda _: None)
+    (job.work / "notes.txt").write_text("mine")
+    other = dataclasses.replace(job, options=Options(save=job.work.parent / "saved"))
+    evaluation = other.open()
+    assert not evaluation.has("0")
+    other.run(evaluation, job.dataset.sources, lambda _: None)
+    evaluation.finish()
+    assert [path.name for path in job.work.iterdir()] == ["notes.txt"]
+
+
+def test_a_calibration_beside_the_weights_is_part_of_what_a_result_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "mine.safetensors"
+    weights.write_bytes(b"weights")
+    config = load_profile("compact_s2m", {"scorer.weights": str(weights)})
+    before = pipeline_stamp(config)
+    assert pipeline_stamp(config) == before
+    (tmp_path / "mine.calibration.json").write_text("{}")
+    calibrated = pipeline_stamp(config)
+    assert calibrated != before
+    monkeypatch.setenv("OOD_SEG_WEIGHTS", str(tmp_path))
+    assert pipeline_stamp(config) != calibrated

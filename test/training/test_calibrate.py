@@ -74,3 +74,11 @@ def test_command_refuses(extra: list[str], message: str, weights: Path, data_dir
     arguments = ["calibrate", "--scorer", "compact", "--weights", str(weights), "--images", str(data_dir / "roads"), *extra]
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_scored(
+    weights: Path, data_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert main(["calibrate", "--scorer", "compact", "--weights", str(weights), "--images", str(data_dir / "roads")]) == 2
+    assert "whose folder cannot be written: copy the file to one of yours" in capsys.readouterr().err

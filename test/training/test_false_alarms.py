@@ -97,6 +97,8 @@ def test_command_measures_and_draws(data_dir: Path, tmp_path: Path, capsys: pyte
     [
         ([], "at least one of --camvid"),
         (["--roads", "nowhere"], "nowhere"),
+        (["--roads", "DATA/roads", "DATA/roads", "DATA/roads"], "roads' twice"),
+        (["--roads", "DATA/roads", "--output", "DATA"], "is a folder"),
         (["--camvid", "DATA/camvid"], "test"),
         (["--roads", "DATA/roads", "--max-images", "-1"], "--max-images is -1"),
         (["--roads", "DATA/roads", "--set", "scorer.nonsense=1"], "nonsense"),
@@ -104,5 +106,16 @@ def test_command_measures_and_draws(data_dir: Path, tmp_path: Path, capsys: pyte
 )
 def test_command_refuses(words: list[str], message: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [word.replace("DATA", str(data_dir)) for word in words]
-    assert main(["false-alarms", *words, "--output", str(tmp_path / "report.json")]) == 2
+    assert main(["false-alarms", "--output", str(tmp_path / "report.json"), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_sets_of_one_name_are_told_apart(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "roads"
+    other.mkdir()
+    cv2.imwrite(str(other / "frame.jpg"), np.full((100, 160, 3), 90, np.uint8))
+    monkeypatch.setattr("ros2_ood_seg.training.false_alarms.Pipeline", lambda config: Alarmed())
+    command = ["false-alarms", "--roads", str(data_dir / "roads"), str(other), "--output", str(tmp_path / "report.json")]
+    assert main(command) == 0
+    sets = json.loads((tmp_path / "report.json").read_text())["sets"]
+    assert {name: row["frames"] for name, row in sets.items()} == {"roads": 24, str(other): 1}

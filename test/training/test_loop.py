@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.training.loop import LOG_EVERY, CsvLog, TrainingLoop
+from ros2_ood_seg.training.loop import LOG_EVERY, CsvLog, TrainingLoop, file_stamp
 
 
 @dataclass(frozen=True)
@@ -169,3 +169,17 @@ def test_log_of_other_columns_is_taken_over(tmp_path: Path) -> None:
     log = CsvLog(tmp_path / "log.csv", ("total", "recall"), 20)
     log.write(123_456, {"recall": 0.5, "total": float("nan")})
     assert (tmp_path / "log.csv").read_text().split() == ["iteration,total,recall", "20,0.25,", "123456,,0.5"]
+
+
+def test_runs_that_began_from_something_else_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"weights")
+    first = {"init": file_stamp(tmp_path / "a"), "data": "12 frames"}
+    Line(Recipe(), tmp_path / "run", origin=first).run()
+    assert Line(Recipe(), tmp_path / "run", origin=first).loop.done == 70
+    with pytest.raises(InputError, match=f"init {file_stamp(tmp_path / 'a')} instead of none"):
+        Line(Recipe(), tmp_path / "run", origin={**first, "init": file_stamp(None)})
+    with pytest.raises(InputError, match=r"began from something else .*12 frames instead of 13 frames"):
+        Line(Recipe(), tmp_path / "run", origin={**first, "data": "13 frames"})
+    # A checkpoint that says nothing is taken at its word.
+    Line(Recipe(), tmp_path / "old").run()
+    assert Line(Recipe(), tmp_path / "old", origin=first).loop.done == 70

@@ -32,6 +32,7 @@ from ros2_ood_seg.training.outlier_exposure import (
     read_road_folder,
     tight_boxes_xyxy,
 )
+from ros2_ood_seg.training.scorer import ScorerData
 
 SMALL = PasteSettings(crop_hw=(64, 96), frame_width_px=(100, 300), object_px=(6, 60))
 
@@ -369,3 +370,20 @@ def test_real_data_sets_are_read(shared_dir: Path) -> None:
     names = {c["id"]: c["name"] for c in json.loads((data / "objects/coco/instances.json").read_text())["categories"]}
     assert {"person", "zebra"} <= set(names.values())
     assert {c.semantic for c in objects} == {2, 3, 4, IGNORE}
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"", "is empty"), (b"\xff\xd8 half of it", "is cut short")])
+def test_one_broken_picture_among_many_is_found_before_training(tmp_path: Path, content: bytes, words: str) -> None:
+    for k in range(40):
+        write(tmp_path / f"{k:02d}.jpg", np.zeros((40, 60, 3), np.uint8))
+    assert len(read_road_folder(tmp_path)) == 40
+    (tmp_path / "06.jpg").write_bytes(content)
+    with pytest.raises(InputError, match=rf"06\.jpg' {words}"):
+        read_road_folder(tmp_path)
+
+
+def test_too_few_pictures_to_hold_some_out_are_named(tmp_path: Path) -> None:
+    name = next(f"{k}.jpg" for k in range(100) if not is_held_out(str(k), 0.25))
+    write(tmp_path / "roads" / name, np.zeros((40, 60, 3), np.uint8))
+    with pytest.raises(InputError, match="has no pictures to hold out, 25% are held out by name: give it more"):
+        ScorerData(roads=(tmp_path / "roads",)).read(held_out=True)

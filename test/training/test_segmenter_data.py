@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.training.cutouts import read_coco
 from ros2_ood_seg.training.road_images import is_held_out
 from ros2_ood_seg.training.segmenter_data import (
     SampleMaker,
@@ -212,3 +214,36 @@ def test_pasting_covers_the_background_only_where_the_mask_says() -> None:
         far = cv2.dilate(pasted.full_mask(), np.ones((9, 9), np.uint8)) == 0
         assert (pasted.image[far] == 10).all()
         assert (road == 10).all()
+
+
+def test_coco_run_lengths_and_objects_without_outline(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    mask = np.zeros((60, 80), np.uint8)
+    mask[10:40, 20:50] = 1
+    coded = coco_mask.encode(np.asfortranarray(mask))
+    counts = [20 * 60 + 10, *([30, 30] * 29), 30, 60 * 80 - (20 * 60 + 10) - 29 * 60 - 30]
+    shapes = [{"size": [60, 80], "counts": coded["counts"].decode()}, {"size": [60, 80], "counts": counts}, []]
+    annotations = [{"image_id": k, "category_id": 1, "area": 900, "iscrowd": 0, "segmentation": shapes[k % 3]} for k in range(24)]
+    for k in range(24):
+        cv2.imwrite(str(tmp_path / "images" / f"{k}.png"), np.full((60, 80, 3), 90, np.uint8))
+    images = [{"id": k, "file_name": f"{k}.png"} for k in range(24)]
+    tree = {"images": images, "categories": [{"id": 1, "name": "zebra"}], "annotations": annotations}
+    (tmp_path / "instances.json").write_text(json.dumps(tree))
+    objects = [*load_objects(tmp_path, held_out=False), *load_objects(tmp_path, held_out=True)]
+    assert len(objects) == 16
+    assert {item.box_xyxy for item in objects} == {(20, 10, 50, 40)}
+    cutouts = read_coco(tmp_path)
+    assert len(cutouts) == 16
+    assert all(cutout.read().shape == (30, 30, 4) for cutout in cutouts)
+
+
+def test_labels_of_another_size_or_meaning_are_refused(tmp_path: Path) -> None:
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    cv2.imwrite(str(tmp_path / "images" / "a.png"), np.zeros((60, 80, 3), np.uint8))
+    cv2.imwrite(str(tmp_path / "labels" / "a.png"), np.ones((30, 40), np.uint8))
+    with pytest.raises(InputError, match="are 40x30 px, it is 80x60"):
+        load_labelled(tmp_path)
+    cv2.imwrite(str(tmp_path / "labels" / "a.png"), np.full((60, 80), 7, np.uint8))
+    with pytest.raises(InputError, match="label value 7"):
+        load_labelled(tmp_path)

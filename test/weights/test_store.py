@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ros2_ood_seg.errors import WeightsError
-from ros2_ood_seg.weights.store import ENVIRONMENT_VARIABLE, find_weights, load_into, load_weights, save_weights
+from ros2_ood_seg.weights.store import BUNDLED_DIR, ENVIRONMENT_VARIABLE, find_weights, load_into, load_weights, save_weights
 
 
 class Malicious:
@@ -143,3 +143,9 @@ def test_missing_weights_say_where_they_were_looked_for(tmp_path: Path) -> None:
     assert ENVIRONMENT_VARIABLE in str(caught.value)
     with pytest.raises(WeightsError, match="does not exist"):
         find_weights(str(tmp_path / "nothing.pth"))
+
+
+def test_bundled_weights_that_hide_a_file_of_ones_own_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_weights(tmp_path / "compact_scorer.safetensors", state(), {})
+    assert find_weights("compact_scorer", tmp_path).parent == BUNDLED_DIR
+    assert f"comes before '{tmp_path / 'compact_scorer.safetensors'}'" in caplog.text

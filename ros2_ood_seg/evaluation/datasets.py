@@ -144,6 +144,10 @@ def read_labels(path: Path, values: Mapping[int, int] = IDENTITY) -> NDArray[np.
         InputError: Unreadable, coloured, or a value that is not in ``values``.
     """
     raw = _read(path, cv2.IMREAD_UNCHANGED)
+    with path.open("rb") as file:
+        head = file.read(26)
+    if head.startswith(b"\x89PNG") and head[24] < 8 and not head[25]:
+        raise InputError(f"'{path}' has {head[24]} bit a pixel, which are read spread over 0 to 255: save labels with 8 bit")
     if raw.ndim == 3:
         if not all(np.array_equal(raw[..., 0], raw[..., c]) for c in range(1, min(raw.shape[2], 3))):
             raise InputError(f"'{path}' is a colour image; labels are single-channel with values {_listed(values)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
@@ -361,7 +361,7 @@ def batches(
     size: int,
     iterations: range,
     workers: int,
-) -> Iterable[_Batch]:
+) -> Iterator[_Batch]:
     """The batches of some iterations of a training.
 
     Args:
@@ -370,8 +370,11 @@ def batches(
         size: Samples in a batch.
         iterations: Those still to do.
         workers: Processes that make samples.
+
+    Raises:
+        InputError: A file that cannot be used, in one line.
     """
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_size=size,
         sampler=range(iterations.start * size, iterations.stop * size),
@@ -380,6 +383,12 @@ def batches(
         worker_init_fn=_one_thread,
         prefetch_factor=4 if workers else None,
     )
+    try:
+        yield from loader
+    except InputError as error:
+        # From a worker it comes as text with the worker's traceback, whose last line is the message.
+        *_, message = str(error).strip().splitlines()
+        raise InputError(message.split("InputError: ", 1)[-1]) from error
 
 
 def _one_thread(_worker: int) -> None:

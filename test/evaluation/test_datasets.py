@@ -262,3 +262,10 @@ def test_pictures_that_are_cut_short_are_refused(tmp_path: Path) -> None:
     dataset = open_dataset("folder", tmp_path)
     with pytest.raises(InputError, match=r"c\.jpg' cannot be read as an image: .* is cut short"):
         dataset.load(dataset.sources[2])
+
+
+def test_labels_of_one_bit_are_refused(tmp_path: Path) -> None:
+    plain(tmp_path)
+    assert cv2.imwrite(str(tmp_path / "labels" / "b.png"), LABEL, [cv2.IMWRITE_PNG_BILEVEL, 1])
+    with pytest.raises(InputError, match=r"b\.png' has 1 bit a pixel"):
+        list(open_dataset("folder", tmp_path))

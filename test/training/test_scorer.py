@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
+from torch.utils.data import Dataset
 
 from ros2_ood_seg.cli import main
 from ros2_ood_seg.config import ScorerConfig
@@ -22,6 +23,7 @@ from ros2_ood_seg.training.scorer import (
     ScorerData,
     ScorerTraining,
     average_precision,
+    batches,
     collate,
     scorer_loss,
     start_from,
@@ -190,3 +192,21 @@ def test_command_refuses(extra: list[str], message: str, tmp_path: Path, capsys:
 def test_loss_that_is_not_finite_stops_training(data: ScorerData, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lower the learning rate"):
         train_scorer(data, replace(RECIPE, learning_rate=1e12, iterations=20, warm_up=1), tmp_path)
+
+
+class Broken(Dataset[RoadSample]):
+    """Its third sample cannot be read."""
+
+    def __getitem__(self, index: int) -> RoadSample:
+        if index == 2:
+            raise InputError("picture 'c.jpg' cannot be read")
+        return sample()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_cannot_read_is_one_line(workers: int) -> None:
+    made = batches(Broken(), collate, size=1, iterations=range(4), workers=workers)
+    assert next(made).image.shape == (1, 3, 64, 96)
+    next(made)
+    with pytest.raises(InputError, match=r"^picture 'c\.jpg' cannot be read$"):
+        next(made)

@@ -56,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((word for word in arguments if not word.startswith("-")), None)
     args = build_parser(command).parse_args(arguments)
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        # Here and not at exit, where nobody could tell that the reader has gone.
+        sys.stdout.flush()
+        return code
     except (InputError, ProcessError) as error:
         print(f"ood-seg: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

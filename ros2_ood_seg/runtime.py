@@ -56,9 +56,9 @@ class Runtime:
                 )
         if config.threads:
             torch.set_num_threads(config.threads)
-        wants_bf16 = config.precision == "bfloat16" or (
-            config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
+        # torch's own question for bfloat16 counts GPUs in that only emulate it.
+        has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        wants_bf16 = config.precision == "bfloat16" or (config.precision == "auto" and has_bf16)
         weights_dir = Path(config.weights_dir) if config.weights_dir else None
         if weights_dir is not None and not weights_dir.is_dir():
             raise InputError(f"runtime.weights_dir '{weights_dir}' is not a folder")

@@ -67,6 +67,22 @@ def truth_instances(label: NDArray[np.uint8], instances: NDArray[np.int32] | Non
     return truth
 
 
+def ranking_key(scores: NDArray[np.float32], raw_scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The scores, and where they are equal, the order of the raw ones.
+
+    Calibrated scores end at 0 and 1, beyond which raw ones, by which UGainS ranks as published, still differ.
+
+    Args:
+        scores: (N,) in [0, 1].
+        raw_scores: (N,) as the method defines them.
+
+    Returns:
+        (N,) float64, off from the scores by 1e-9 at most.
+    """
+    raw = raw_scores.astype(np.float64)
+    return np.asarray(scores.astype(np.float64) + 1e-9 * raw / (1.0 + np.abs(raw)))
+
+
 def match(
     masks: NDArray[np.bool_], boxes_xyxy: NDArray[np.float32], scores: NDArray[np.floating], truth: NDArray[np.int32]
 ) -> InstanceMatch:

@@ -163,7 +163,7 @@ def measure(
     inside, outside = refined_counts if same else _counts(maps.confidence, anomalous, normal, 0)
     void = ScoreCounts.from_values(maps.confidence[ignored])
     truth = instance.truth_instances(label, frame.instances)
-    overlaps = instance.match(maps.masks, maps.boxes_xyxy, maps.scores, truth)
+    overlaps = instance.match(maps.masks, maps.boxes_xyxy, instance.ranking_key(maps.scores, maps.raw_scores), truth)
     figures = FrameMeasure(
         name=frame.name,
         height=label.shape[0],

@@ -23,6 +23,7 @@ from ros2_ood_seg.config import load_profile
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.cli import parse_overrides
 from ros2_ood_seg.evaluation.datasets import files_ending, list_images, read_map
+from ros2_ood_seg.evaluation.instance import ranking_key
 from ros2_ood_seg.image_encodings import read_rgb
 from ros2_ood_seg.pipeline import Pipeline
 from ros2_ood_seg.types import FrameResult
@@ -118,7 +119,7 @@ def write_smiyc(file: Path, scores: NDArray[np.float32]) -> None:
     temporary.rename(file)
 
 
-def write_oodis(file: Path, masks: NDArray[np.bool_], scores: NDArray[np.float32]) -> None:
+def write_oodis(file: Path, masks: NDArray[np.bool_], scores: NDArray[np.floating[Any]]) -> None:
     """Writes the instances of an image as the benchmark reads them; none become one empty mask, because it asks for one at least.
 
     Args:
@@ -190,7 +191,9 @@ def run_submission(args: argparse.Namespace) -> int:
         if args.benchmark == "smiyc":
             write_smiyc(target.file, MAPS[args.map](result).cpu().numpy())
         else:
-            write_oodis(target.file, result.instances.masks.cpu().numpy(), result.instances.scores.cpu().numpy())
+            found = result.instances
+            key = ranking_key(found.scores.cpu().numpy(), found.raw_scores.cpu().numpy())
+            write_oodis(target.file, found.masks.cpu().numpy(), key)
     print(f"{len(targets)} images: {args.output}")
     return 0
 

@@ -66,7 +66,6 @@ class RcnnBoxes:
         self._input_width = config.input_width or detector.input_width
         self._nms_iou = float(heads.nms_thresh)
         self._config = config
-        self._runtime = runtime
 
     @torch.inference_mode()
     def __call__(self, score_map: ScoreMap, ignore: Tensor | None = None) -> Prompts:
@@ -97,8 +96,8 @@ class RcnnBoxes:
         if scale != 1.0:
             size = (max(1, round(height * scale)), self._input_width)
             resized = F.interpolate(resized[None], size=size, mode="bilinear", antialias=scale < 1.0)[0]
-        with self._runtime.autocast():
-            found = self._network([resized])[0]
+        # No autocast: torchvision would round boxes to bfloat16, 4 px above 512, and raw maps of -150 to half a unit.
+        found = self._network([resized])[0]
         scale_xy = scores.new_tensor([width / resized.shape[2], height / resized.shape[1]]).repeat(2)
         return found["boxes"].float() * scale_xy, found["scores"].float()
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import get_args
 
+from ros2_ood_seg.config import ScorerConfig
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.types import Calibration
 
@@ -32,6 +34,9 @@ DEFAULT_RANGES = {
 standardized max logits 0 to 6 standard deviations; for distances four times the mean of chi-squared with 256 degrees of freedom; for
 Mask2Former what a pixel gets that one mask covers with certainty, and that none covers (uno: that a negative one covers); for GMMSeg
 a feature at the mean of a component, and one at right angles to it, with 64 dimensions and their least standard deviation of 0.1."""
+
+SELECTABLE = get_args(ScorerConfig.model_fields["score"].annotation)
+"""Score functions that the setting ``scorer.score`` names; others are the only one of their scorer."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,10 +64,22 @@ def read_calibration(weights: Path, key: str, fallback: Calibration) -> Calibrat
             return calibrations[key]
     _LOG.warning(
         "no calibration '%s' in %s: raw scores of %g to %g count as 0 to 1 until "
-        "'ood-seg calibrate --scorer %s --score %s --weights %s --images DIR' has been run, with the --input-width of the profile",
-        key, path, fallback.raw[0], fallback.raw[-1], *key.split("/", maxsplit=1), weights,
+        "'%s' has been run, with the --input-width of the profile",
+        key, path, fallback.raw[0], fallback.raw[-1], _command(weights, key),
     )  # fmt: skip
     return fallback
+
+
+def _command(weights: Path, key: str) -> str:
+    """What makes the calibration of a key."""
+    scorer, _, score = key.partition("/")
+    score, _, temperature = score.partition("@")
+    # A folder of transformers is named as a whole.
+    named = weights.parent if (weights.parent / "config.json").is_file() else weights
+    words = ["ood-seg calibrate", f"--scorer {scorer}", f"--weights {named}", "--images DIR"]
+    words += [f"--score {score}"] if score in SELECTABLE else []
+    words += [f"--set scorer.temperature={temperature}"] if temperature else []
+    return " ".join(words)
 
 
 def write_calibration(weights: Path, key: str, calibration: Calibration) -> Path:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
+from ros2_ood_seg.config import RuntimeConfig, ScorerConfig, parse_overrides
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.image_encodings import read_rgb
 from ros2_ood_seg.runtime import Runtime
@@ -75,6 +75,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--statistics", action="store_true", help=f"{', '.join(SOURCES)}: compute class statistics even where there are some"
     )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="further settings of the scorer, as scorer.temperature; may be repeated",
+    )
     parser.add_argument("--max-images", type=int, default=500, metavar="N", help="at most N pictures, evenly spread")
     parser.set_defaults(run=run)
 
@@ -86,8 +93,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--max-images is {args.max_images}, it must be 1 or more")
     images = [images[k] for k in np.unique(np.linspace(0, len(images) - 1, min(args.max_images, len(images))).astype(int))]
     runtime = Runtime.from_config(RuntimeConfig(weights_dir=args.weights_dir))
+    further = parse_overrides(args.set)
+    if foreign := [key for key in further if key.rpartition(".")[0] != "scorer"]:
+        raise InputError(f"--set {foreign[0]}: only settings of the scorer count here, as scorer.temperature")
+    named = {"name": args.scorer, "score": args.score, "weights": args.weights, "input_width": args.input_width}
     try:
-        config = ScorerConfig(name=args.scorer, score=args.score, weights=args.weights, input_width=args.input_width)
+        config = ScorerConfig(**{**named, **{key.removeprefix("scorer."): value for key, value in further.items()}})
     except ValueError as error:
         raise InputError(f"calibrate: {' '.join(str(error).split())}") from error
     if args.scorer in SOURCES:

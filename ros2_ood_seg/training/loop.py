@@ -249,6 +249,17 @@ def file_stamp(path: Path | None) -> str:
     return "none" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
+def state_stamp(state: Mapping[str, Tensor] | None) -> str:
+    """As :func:`file_stamp` for weights in memory."""
+    if state is None:
+        return "none"
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def changes(
     before: Mapping[str, Any] | None, now: Mapping[str, Any], defaults: Mapping[str, Any], may_change: Collection[str] = ()
 ) -> list[str]:

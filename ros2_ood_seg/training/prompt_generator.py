@@ -64,7 +64,7 @@ class PromptTraining:
         contrast: Range of the exponent applied to calibrated scores, log-uniform.
         min_box_px: Shorter boxes are not labelled after resizing.
         min_peak: Objects whose highest calibrated score is lower are not labelled: the map does not show them.
-        amp: bfloat16 autocast.
+        amp: bfloat16 autocast of the backbone.
         seed: Seed of weights and data.
         workers: Processes that prepare batches, 0 for none.
         checkpoint_every: Iterations between checkpoints.
@@ -247,6 +247,8 @@ class PreparedTraining:
         network, self._map_input = build_network(recipe, pretrained=init is not None)
         if init is not None:
             start_from(network, load_weights(find_weights(str(init))))
+        if recipe.amp:
+            autocast_backbone(network)
         self._network = network.to(self._device).to(memory_format=torch.channels_last)
         self._optimizer = torch.optim.SGD(
             [p for p in network.parameters() if p.requires_grad],
@@ -304,10 +306,25 @@ class PreparedTraining:
             group["lr"] = learning_rate(recipe, done)
         parallel.train()
         images, targets = batch
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
-            losses = parallel([image.to(device) for image in images], [{k: v.to(device) for k, v in t.items()} for t in targets])
+        losses = parallel([image.to(device) for image in images], [{k: v.to(device) for k, v in t.items()} for t in targets])
         self._loop.descend(self._optimizer, sum(losses.values(), torch.zeros((), device=device)), recipe.clip_norm)
         return cast("dict[str, Tensor]", losses)
+
+
+def autocast_backbone(network: Any) -> None:
+    """Runs the backbone in bfloat16 from now on, and the rest in float32: boxes in bfloat16 would be rounded to 4 px above 512.
+
+    Args:
+        network: torchvision's GeneralizedRCNN.
+    """
+    whole = network.backbone.forward
+
+    def forward(x: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            features = whole(x)
+        return {name: level.float() for name, level in features.items()}
+
+    network.backbone.forward = forward
 
 
 def train_prompt_generator(

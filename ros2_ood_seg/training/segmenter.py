@@ -29,7 +29,7 @@ from ros2_ood_seg.segmenters.base import PromptableSegmenter
 from ros2_ood_seg.segmenters.compact import CROP_PX, FAMILY, POINT_CROP_PX, from_network
 from ros2_ood_seg.segmenters.networks.compact import CompactNet
 from ros2_ood_seg.training.averaging import add_averaging, average_weights, check_averaging
-from ros2_ood_seg.training.loop import TrainingLoop, file_stamp
+from ros2_ood_seg.training.loop import TrainingLoop, state_stamp
 from ros2_ood_seg.training.segmenter_data import (
     Batch,
     Image,
@@ -175,7 +175,7 @@ def train_segmenter(
         panels=_PANELS,
         may_change=_MAY_CHANGE,
         checkpoint_minutes=recipe.checkpoint_minutes,
-        origin={"init": file_stamp(init.path if init else None), "data": f"{len(objects)} objects, {len(backgrounds)} road frames"},
+        origin={"init": state_stamp(init.state if init else None), "data": f"{len(objects)} objects, {len(backgrounds)} road frames"},
     )
     net.train()
 

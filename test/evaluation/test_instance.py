@@ -223,3 +223,15 @@ def test_every_prediction_has_one_verdict_and_every_instance_one_fate(seed: int)
                 column = image.iou()[:, image.iou()[rival].argmax()]
                 winner = (column > overlap) & (judged.right[:, k] == 1)
                 assert image.scores[winner] >= image.scores[rival]
+
+
+@given(raw=st.lists(st.floats(-200, 200, width=32), min_size=2, max_size=20), low=st.floats(-2, 0))
+def test_the_ranking_goes_on_where_calibrated_scores_end(raw: list[float], low: float) -> None:
+    raw_scores = np.array(raw, np.float32)
+    scores = np.clip(raw_scores - np.float32(low), 0, 1)
+    key = instance.ranking_key(scores, raw_scores)
+    assert np.abs(key - scores).max() <= 1e-9
+    for a in range(len(raw)):
+        assert all(key[a] >= key[b] for b in range(len(raw)) if raw_scores[a] >= raw_scores[b])
+    order = np.argsort(-key, kind="stable")
+    np.testing.assert_array_equal(scores[order], -np.sort(-scores))

@@ -191,3 +191,13 @@ def test_other_weights_are_refused(metadata: dict[str, object], message: str, tm
 def test_both_names_are_registered() -> None:
     assert BOX_PROMPTS.get("faster_rcnn") is build
     assert BOX_PROMPTS.get("compact_rcnn") is build_compact
+
+
+def test_boxes_keep_their_digits_in_bfloat16() -> None:
+    found = score_map([(1000, 500, 1100, 580), (300, 400, 340, 430)], 720, 1280, hot=6.0)
+    exact, half = (
+        BOX_PROMPTS.get("compact_rcnn")(BoxPromptsConfig(method="compact_rcnn"), Runtime(torch.device("cpu"), dtype))(found, None)
+        for dtype in (None, torch.bfloat16)
+    )
+    assert len(exact) > 0
+    torch.testing.assert_close(half.boxes_xyxy, exact.boxes_xyxy, rtol=0, atol=1e-3)

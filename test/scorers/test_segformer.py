@@ -91,3 +91,11 @@ def test_refuses_what_is_missing(randomised, image, runtime, tmp_path: Path) -> 
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"1 missing \(decode_head.feat_norm.weight\); 1 unexpected \(decode_head.other\)"):
         score("gmmseg", tmp_path / "w.pth", image, runtime)
+
+
+def test_gmmseg_runs_in_bfloat16(randomised, image, runtime, tmp_path: Path) -> None:
+    network = slim_gmm(randomised)
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "w.pth")
+    exact = score("gmmseg", tmp_path / "w.pth", image, runtime).scores
+    found = score("gmmseg", tmp_path / "w.pth", image, Runtime(torch.device("cpu"), torch.bfloat16)).scores
+    assert float(np.corrcoef(found.flatten(), exact.flatten())[0, 1]) > 0.95

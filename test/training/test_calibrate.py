@@ -10,6 +10,7 @@ import torch
 from ros2_ood_seg.cli import main
 from ros2_ood_seg.config import ScorerConfig
 from ros2_ood_seg.runtime import Runtime
+from ros2_ood_seg.scorers.calibration import read_calibration
 from ros2_ood_seg.scorers.compact import build
 from ros2_ood_seg.scorers.networks.compact import CompactNet
 from ros2_ood_seg.training.calibrate import calibrate, calibrate_compact
@@ -82,3 +83,21 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_scored(
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert main(["calibrate", "--scorer", "compact", "--weights", str(weights), "--images", str(data_dir / "roads")]) == 2
     assert "whose folder cannot be written: copy the file to one of yours" in capsys.readouterr().err
+
+
+def test_what_the_warning_names_makes_the_calibration(tmp_path: Path, data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for key, words in (
+        ("rba/rba", "--scorer rba --weights {w} --images DIR'"),
+        ("rba/rba_tanh", "--scorer rba --weights {w} --images DIR --score rba_tanh'"),
+        ("pebal/energy@2", "--scorer pebal --weights {w} --images DIR --score energy --set scorer.temperature=2'"),
+    ):
+        caplog.clear()
+        read_calibration(tmp_path / "w.pth", key, Calibration.linear())
+        assert words.format(w=tmp_path / "w.pth") in caplog.text
+
+
+def test_further_settings_of_the_scorer_count(weights: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["calibrate", "--scorer", "compact", "--weights", str(weights), "--images", str(data_dir / "roads"), "--max-images", "2"]
+    assert main([*command, "--input-width", "256", "--set", "scorer.coarse_scale=1.0", "--set", "scorer.second_scale=1.0"]) == 0
+    assert main([*command, "--set", "fusion.name=s2m"]) == 2
+    assert "only settings of the scorer count here" in capsys.readouterr().err

@@ -117,9 +117,10 @@ class _MixtureHead(_Decoder):
 
     def classify(self, features: Sequence[Tensor]) -> GmmOutput:
         x = self(features)
+        x = x if self.projection is None else self.projection(x)
         # Likelihoods of 64 dimensions need more digits than autocast keeps.
         with torch.autocast(x.device.type, enabled=False):
-            x = (x if self.projection is None else self.projection(x)).float()
+            x = x.float()
             tokens = F.normalize(self.feat_norm(x.permute(0, 2, 3, 1)), dim=-1)
             means = F.normalize(self.means.flatten(0, 1), dim=-1)
             densities = log_likelihood(tokens.flatten(0, 2), means, self.diagonal.flatten(0, 1))

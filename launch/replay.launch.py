@@ -14,6 +14,7 @@ ARGUMENTS = (
     ("bag", None, "recording, MCAP or sqlite3"),
     ("image", None, "its image topic; with transport compressed without its /compressed"),
     ("rate", "1.0", "speed of the replay"),
+    ("delay", "10.0", "seconds before the recording starts, in which the networks are loaded"),
     ("profile", "compact", "bundled profile or path of a YAML file"),
     ("transport", "raw", "raw or compressed"),
     ("device", "", "auto, cpu, cuda or cuda:N"),
@@ -33,6 +34,10 @@ def generate_launch_description() -> LaunchDescription:
         launch_arguments=[("use_sim_time", "true"), *((name, LaunchConfiguration(name)) for name in _FOR_THE_NODE)],
     )
     player = ExecuteProcess(
-        cmd=["ros2", "bag", "play", LaunchConfiguration("bag"), "--clock", "--rate", LaunchConfiguration("rate")], output="screen"
+        cmd=[
+            *("ros2", "bag", "play", LaunchConfiguration("bag"), "--clock"),
+            *("--rate", LaunchConfiguration("rate"), "--delay", LaunchConfiguration("delay")),
+        ],
+        output="screen",
     )
     return LaunchDescription([*arguments, node, player])

@@ -21,7 +21,7 @@ from ros2_ood_seg.evaluation.drive_page import drive_html, unmeasured_report
 from ros2_ood_seg.evaluation.evaluate import Evaluation, Options
 from ros2_ood_seg.evaluation.events import EventRule, Track, TrackLog
 from ros2_ood_seg.evaluation.replayed import Recording, iter_answers, node_figures
-from ros2_ood_seg.evaluation.results_bag import INSTANCES_TOPIC, Answer, ResultsBag, result_messages
+from ros2_ood_seg.evaluation.results_bag import INSTANCES_TOPIC, NODE, Answer, ResultsBag, result_messages
 from ros2_ood_seg.pipeline import Pipeline
 
 
@@ -41,6 +41,8 @@ class BagRun:
         rejected: Frames that could not be used.
         instances: Found in all frames together.
         problem: First reason why a frame or the rest of the recording could not be used.
+        bad_labels: Frames whose labels could not be used.
+        label_problem: First reason for that.
         broken: The recording could not be read to its end.
         log: Tracks.
         node: Figures of the running node, realtime only.
@@ -60,6 +62,8 @@ class BagRun:
     rejected: int = 0
     instances: int = 0
     problem: str | None = None
+    bad_labels: int = 0
+    label_problem: str | None = None
     broken: bool = False
     log: TrackLog = field(default_factory=TrackLog)
     node: dict[str, Any] | None = None
@@ -71,6 +75,12 @@ class BagRun:
         """Counts a frame that cannot be used."""
         self.rejected += 1
         self.problem = self.problem or reason
+
+    def unlabelled(self, reason: str) -> None:
+        """A frame that was counted has labels that cannot be used."""
+        self.labelled -= 1
+        self.bad_labels += 1
+        self.label_problem = self.label_problem or reason
 
     def count(self, answer: Answer) -> None:
         """Counts a frame that was answered."""
@@ -138,7 +148,7 @@ def find_bags(paths: Sequence[Path], output: Path, image_topic: str | None, labe
             topic = bag.image_topic(image_topic, besides=labels)
         if not topic.count:
             raise InputError(f"bag '{path}': topic '{topic.name}' holds no messages")
-        name = path.stem
+        name = path.name if path.is_dir() else path.stem
         while any(run.name == name for run in runs):
             name += "_"
         results = output.with_suffix(".mcap") if len(paths) == 1 else output.with_name(f"{output.stem}.{name}.mcap")
@@ -149,14 +159,16 @@ def find_bags(paths: Sequence[Path], output: Path, image_topic: str | None, labe
 
 
 def _is_recording(path: Path) -> bool:
-    """Whether a file is a bag, but none of results; an interrupted evaluation leaves one that cannot be read."""
+    """Whether a file is there that is no results bag: one that cannot be read, or holds more than one camera and what the node says."""
     if not path.exists():
         return False
     try:
         with BagReader(path) as bag:
-            return all(topic.name != INSTANCES_TOPIC for topic in bag.topics)
+            names = {topic.name for topic in bag.topics}
     except InputError:
-        return False
+        return True
+    others = [name for name in names if not name.startswith(f"{NODE}/")]
+    return INSTANCES_TOPIC not in names or len(others) > 1 or not all(name.endswith("/compressed") for name in others)
 
 
 @dataclass(frozen=True)
@@ -327,16 +339,17 @@ class BagEvaluation:
             answers: See :meth:`offline` and :meth:`replayed`.
 
         Raises:
-            InputError: Labels that cannot be used, or a file that cannot be written.
+            InputError: A file that cannot be written.
         """
-        job = self.job
+        job, last_ns = self.job, 0
         with (
             ResultsBag(run.results, job.pictures, self._overlap) as results,
             tqdm(total=job.frames(run), desc=f"{self.pipeline.config.profile} on {run.name}", unit="frame") as bar,
         ):
             for answer in _until_broken(answers, run):
-                self._measure(run, answer)
                 run.count(answer)
+                self._measure(run, answer)
+                last_ns = answer.image.time_ns
                 results.add(answer)
                 bar.update()
                 if run.frames == job.most:
@@ -344,7 +357,7 @@ class BagEvaluation:
         self._evaluation.wait()
         if self._clips is not None:
             drive = Drive(run.name, run.path, run.topic, run.label_topics, run.results)
-            run.clips = self._clips.write(drive, run.log.events(job.rule), job.all_topics)
+            run.clips = self._clips.write(drive, run.log.events(job.rule), job.all_topics, last_ns if run.broken else None)
             self._indexed += run.clips
             if not self._join:
                 self._clips.save_index(self._indexed)
@@ -354,7 +367,11 @@ class BagEvaluation:
         if answer.result is None or not answer.labels:
             return
         name = f"{run.name}_{answer.image.stamp_ns}" if len(self.job.runs) > 1 else str(answer.image.stamp_ns)
-        frame = labelled_image(name, answer.rgb, *(label.labels() for label in answer.labels))
+        try:
+            frame = labelled_image(name, answer.rgb, *(label.labels() for label in answer.labels))
+        except InputError as error:
+            run.unlabelled(f"label of {run.name} at {answer.image.stamp_ns}: {error}")
+            return
         self._evaluation.add_result(frame, answer.result)
         run.measured.append(name)
 

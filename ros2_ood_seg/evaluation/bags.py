@@ -5,9 +5,9 @@ Evaluation reads bags directly rather than from a live topic, so that every fram
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from rosbags.interfaces import MessageDefinitionFormat
 from rosbags.rosbag2 import Reader
 
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.evaluation.bag_messages import COMPRESSED_IMAGE, RAW_IMAGE, stamp_ns, typestore
+from ros2_ood_seg.evaluation.bag_messages import COMPRESSED_IMAGE, RAW_IMAGE, header_stamp_ns, stamp_ns, typestore
 from ros2_ood_seg.image_encodings import decode_compressed, decode_compressed_labels, decode_image, decode_labels
 
 _IMAGE_TYPES = (RAW_IMAGE, COMPRESSED_IMAGE)
@@ -153,19 +153,16 @@ class BagReader:
         images = {t.name: t for t in self.topics if t.msgtype in _IMAGE_TYPES}
         if topic:
             name = "/" + topic.strip("/")
-            for candidate in (name, f"{name}/compressed"):
-                if candidate in images:
-                    return images[candidate]
+            candidates = [images[candidate] for candidate in (name, f"{name}/compressed") if candidate in images]
+            if candidates:
+                # A topic that was advertised and never used is recorded, too.
+                return next((candidate for candidate in candidates if candidate.count), candidates[0])
             other = [t for t in self.topics if t.name == name]
             reason = f"topic '{name}' holds {other[0].msgtype}, no images" if other else f"has no topic '{name}'"
             raise InputError(f"bag '{self.path}': {reason}; its topics: {self._listed(self.topics)}")
         # A camera recorded raw and compressed is one camera.
-        others = set(besides)
-        cameras = [
-            t
-            for t in images.values()
-            if t.count and t.name not in others and t.name.removesuffix("/compressed") not in images.keys() - {t.name}
-        ]
+        others, filled = set(besides), {t.name for t in images.values() if t.count}
+        cameras = [images[name] for name in images if name in filled - others and name.removesuffix("/compressed") not in filled - {name}]
         if not cameras:
             raise InputError(f"bag '{self.path}' has no images; its topics: {self._listed(self.topics)}")
         if len(cameras) > 1:
@@ -214,6 +211,14 @@ class BagReader:
         for raw in self.iter_raw([self.image_topic(topic).name], start_ns, stop_ns):
             yield self.image(raw)
 
+    def stamps_ns(self, topic: str) -> list[int]:
+        """The stamps of a topic's messages by time of recording, ns, as far as the file can be read."""
+        stamps: list[int] = []
+        with suppress(InputError):
+            # Extended one by one: what came before an error stays.
+            stamps.extend(header_stamp_ns(raw.data) for raw in self.iter_raw([topic]))
+        return stamps
+
     def iter_frames(self, image_topic: str | None, *label_topics: str) -> Iterator[tuple[BagImage, tuple[BagImage, ...]]]:
         """All images, each with its labels where it has them, matched by exactly equal stamps.
 
@@ -231,9 +236,8 @@ class BagReader:
         """
         camera, *names = (self.image_topic(name).name for name in (image_topic, *label_topics))
         with ExitStack() as readers:
-            streams = [
-                StampedStream(readers.enter_context(BagReader(self.path)).iter_images(name), lambda label: label.stamp_ns) for name in names
-            ]
+            labels_of = [readers.enter_context(BagReader(self.path)) for _ in names]
+            streams = [StampedStream(bag.iter_images(name), bag.stamps_ns(name)) for bag, name in zip(labels_of, names, strict=True)]
             for image in self.iter_images(camera):
                 labels = [stream.at(image.stamp_ns) for stream in streams]
                 yield image, () if None in labels else tuple(label for label in labels if label is not None)
@@ -294,30 +298,37 @@ class BagReader:
 
 
 class StampedStream(Generic[T]):
-    """Finds items of a stream by stamp, for somebody who asks with (nearly) ascending stamps.
+    """Finds items of a stream by stamp, for somebody who asks nearly in the order of the stream.
+
+    It is read no further than to the item that is asked for, so that one wrong stamp costs one item.
 
     Args:
-        items: By stamp, ascending but for a few that swapped places.
-        stamp_of: Stamp of an item, ns.
+        items: Each at most once, few of them swapped with respect to the questions.
+        stamps_ns: The stamps of all items in their order, ns; several may be equal.
     """
 
     KEPT = 20
 
-    def __init__(self, items: Iterator[T], stamp_of: Callable[[T], int]) -> None:
+    def __init__(self, items: Iterator[T], stamps_ns: Iterable[int]) -> None:
         self._items = items
-        self._stamp_of = stamp_of
+        self._numbers: dict[int, deque[int]] = {}
+        for number, stamp in enumerate(stamps_ns):
+            self._numbers.setdefault(stamp, deque()).append(number)
         self._passed: OrderedDict[int, T] = OrderedDict()
-        self._newest_ns = -1
+        self._read = 0
 
     def at(self, stamp_ns: int) -> T | None:
-        """The item of exactly this stamp, once; None when there is none."""
-        while self._newest_ns < stamp_ns and (item := next(self._items, None)) is not None:
-            stamp = self._stamp_of(item)
-            self._newest_ns = max(self._newest_ns, stamp)
-            self._passed[stamp] = item
+        """The item of exactly this stamp, the next of several, once; None when there is none."""
+        numbers = self._numbers.get(stamp_ns)
+        if not numbers:
+            return None
+        number = numbers.popleft()
+        while self._read <= number and (item := next(self._items, None)) is not None:
+            self._passed[self._read] = item
+            self._read += 1
             if len(self._passed) > self.KEPT:
                 self._passed.popitem(last=False)
-        return self._passed.pop(stamp_ns, None)
+        return self._passed.pop(number, None)
 
 
 def is_bag(path: Path) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class ClipFolder:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"--clips '{folder}' cannot be used: {error}") from error
 
-    def write(self, drive: Drive, events: Sequence[Event], all_topics: bool = False) -> list[dict[str, Any]]:
+    def write(self, drive: Drive, events: Sequence[Event], all_topics: bool = False, until_ns: int | None = None) -> list[dict[str, Any]]:
         """Writes the events of a drive: for each a bag ``<name>_<number>.mcap`` and a picture ``<name>_<number>.jpg``.
 
         A clip holds the camera's messages as they were recorded, its camera_info, the labels, and the results.
@@ -81,6 +82,7 @@ class ClipFolder:
             drive: What was recorded and found.
             events: By time.
             all_topics: Clips hold every topic of the recording whose type is known or defined in it.
+            until_ns: Where the recording breaks off, ns; None when it does not.
 
         Returns:
             Entries for :meth:`save_index`.
@@ -91,15 +93,16 @@ class ClipFolder:
         written = []
         with BagReader(drive.bag) as bag, BagReader(drive.results) as results:
             for number, whole in enumerate(events, start=1):
-                event = replace(whole, start_ns=max(whole.start_ns, bag.start_ns), stop_ns=min(whole.stop_ns, bag.end_ns))
-                stem = self.folder / f"{drive.name}_{number:04d}"
-                write_bag(stem.with_suffix(".mcap"), bag, results, event, None if all_topics else _camera_topics(bag, drive))
+                stop_ns = min(whole.stop_ns, bag.end_ns if until_ns is None else until_ns)
+                event = replace(whole, start_ns=max(whole.start_ns, bag.start_ns), stop_ns=stop_ns)
+                stem = f"{drive.name}_{number:04d}"
+                write_bag(self.folder / f"{stem}.mcap", bag, results, event, None if all_topics else _camera_topics(bag, drive))
                 strip = contact_strip(bag, results, drive.topic, event)
-                stem.with_suffix(".jpg").write_bytes(_jpeg(strip))
+                (self.folder / f"{stem}.jpg").write_bytes(_jpeg(strip))
                 entry = {
                     "drive": drive.name,
-                    "bag": f"{stem.name}.mcap",
-                    "picture": f"{stem.name}.jpg",
+                    "bag": f"{stem}.mcap",
+                    "picture": f"{stem}.jpg",
                     "start_s": (event.start_ns - bag.start_ns) / NS_PER_S,
                     "duration_s": (event.stop_ns - event.start_ns) / NS_PER_S,
                     "tracks": [track.summary(bag.start_ns) for track in event.tracks],
@@ -139,13 +142,21 @@ def write_bag(path: Path, bag: BagReader, results: BagReader, event: Event, topi
     """
     definitions = bag.definitions
     known = [t.name for t in bag.topics if t.msgtype in typestore().fielddefs or t.msgtype in definitions]
-    wanted = [name for name in known if topics is None or name in set(topics)]
+    # What a node said while it was recorded gives way to the results of now.
+    wanted = [name for name in known if (topics is None or name in set(topics)) and not name.startswith(f"{NODE}/")]
     # The camera's own messages are in the recording; the results bag's copies of them are for looking.
     found = [t.name for t in results.topics if t.name.startswith(f"{NODE}/") and t.name not in wanted]
-    spans = (reader.iter_raw(names, event.start_ns, event.stop_ns + 1) for reader, names in ((bag, wanted), (results, found)) if names)
+    sources = ((bag, wanted), (results, found))
+    spans = (_readable(reader.iter_raw(names, event.start_ns, event.stop_ns + 1)) for reader, names in sources if names)
     with BagWriter(path, replace=True) as clip:
         for raw in heapq.merge(*spans, key=lambda raw: raw.time_ns):
             _copy(raw, clip, definitions)
+
+
+def _readable(messages: Iterator[RawMessage]) -> Iterator[RawMessage]:
+    """What comes before the place where a recording breaks off."""
+    with contextlib.suppress(InputError):
+        yield from messages
 
 
 def _copy(raw: RawMessage, clip: BagWriter, definitions: dict[str, str]) -> None:

@@ -156,8 +156,12 @@ def _explain(runs: Sequence[BagRun], asked_for_labels: bool) -> None:
                 f"{run.name}: {run.rejected} frames could not be used, the first: {run.problem or 'see the log of the node'}",
                 file=sys.stderr,
             )
+        if run.bad_labels:
+            print(f"{run.bad_labels} labels could not be used, the first: {run.label_problem}", file=sys.stderr)
     if asked_for_labels and not any(run.labelled for run in runs):
         run = runs[0]
+        if run.label_problem:
+            raise InputError(f"no label could be used; the report holds what needs none; the first: {run.label_problem}")
         raise InputError(
             f"bag '{run.path}': no answered image of '{run.topic}' has the same stamp as a label of {', '.join(run.label_topics)}; "
             "the report holds what needs no labels"

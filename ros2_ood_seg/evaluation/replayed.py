@@ -203,7 +203,8 @@ def iter_answers(
     """
     with BagReader(recording.answers) as answers:
         groups = (list(group) for _, group in groupby(answers.iter_raw(), key=lambda raw: raw.time_ns))
-        stream = StampedStream(groups, lambda group: group[0].time_ns)
+        stamps_ns = [stamp for stamp, _ in groupby(raw.time_ns for raw in answers.iter_raw())]
+        stream = StampedStream(groups, stamps_ns)
         for image, labels in bag.iter_frames(topic, *label_topics):
             found = {raw.topic.removeprefix(f"{NODE}/"): raw for raw in stream.at(image.stamp_ns) or ()}
             if "instances" not in found:

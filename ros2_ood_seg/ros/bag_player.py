@@ -29,6 +29,10 @@ from ros2_ood_seg.ros.transport import make_room_for_images
 _KINDS = {COMPRESSED_IMAGE: CompressedImage}
 
 
+_AT_ONCE = 4
+"""Answers taken between two images; more than one can only wait after a pause."""
+
+
 class BagPlayer(Node):
     """Publishes recorded images as they are and listens for the answers.
 
@@ -65,6 +69,11 @@ class BagPlayer(Node):
         """Publishes an image's recorded bytes."""
         self._sent.setdefault(image.stamp_ns, (image.time_ns, time.perf_counter()))
         self._images.publish(image.data)
+
+    def catch_up(self) -> None:
+        """Takes the answers that are there, without waiting."""
+        for _ in range(_AT_ONCE):
+            rclpy.spin_once(self, timeout_sec=0.0)
 
     def has_answer(self, stamp_ns: int) -> bool:
         """Whether the instances of that image came back."""
@@ -111,6 +120,8 @@ def play(bag: BagReader, topic: str, player: BagPlayer, options: argparse.Namesp
         if played and not options.lockstep:
             due = start + (image.time_ns - first_ns) / NS_PER_S / options.rate
             player.until(lambda due=due: time.perf_counter() >= due, max(0.0, due - time.perf_counter()))
+        # Also when the next image is late already: answers that wait would look late, too, or get lost.
+        player.catch_up()
         player.send(image)
         if not played:
             # Time runs from the first image, however long it took to open the recording.

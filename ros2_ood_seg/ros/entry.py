@@ -29,6 +29,10 @@ def run_command(name: str, work: Callable[[], None]) -> int:
     except (InputError, ProcessError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except OSError as error:
+        where = f"'{error.filename}': " if error.filename else ""
+        print(f"{name}: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except (KeyboardInterrupt, ExternalShutdownException):
         return 130
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import shutil
@@ -32,6 +33,7 @@ from ros2_ood_seg.ros.transport import make_room_for_images
 
 _OUTPUTS = ("instances", "boxes", "timing")
 _START_S = 120.0
+_LOOKED_AT = 50
 _GRACE_S = 5.0
 
 
@@ -68,18 +70,15 @@ def replay(
     """
     with BagReader(bag) as reader:
         camera = reader.image_topic(topic)
-        first = next(reader.iter_images(camera.name), None)
-        if first is None:
-            raise InputError(f"bag '{bag}': topic '{topic}' holds no messages")
-        height, width = first.rgb().shape[:2]
+        size = _size(reader, camera.name)
     _empty(folder)
     transport = "compressed" if camera.msgtype == COMPRESSED_IMAGE else "raw"
     parameters = {
         "profile": _write_profile(folder, config),
         "image_transport": transport,
-        "warm_up.height": height,
-        "warm_up.width": width,
     }
+    if size is not None:
+        parameters |= {"warm_up.height": size[0], "warm_up.width": size[1]}
     if maps:
         # Every map counts, also those that come while the recorder writes; on a vehicle only the newest does.
         parameters[f"qos_overrides.{NODE}/anomaly_map.publisher.depth"] = 10
@@ -102,6 +101,27 @@ def replay(
         mode = f"{rate:g} times the recorded speed: the newest frame counts"
     yield Recording(folder / "answers.mcap", PlayReport.load(folder / "played.json"), mode)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _size(bag: BagReader, topic: str) -> tuple[int, int] | None:
+    """Height and width of the first image that can be decoded, px; None when none of the first ones can.
+
+    Raises:
+        InputError: There are no images, or their stamps, by which answers are told apart, are not their own.
+    """
+    size, stamps_ns = None, []
+    for image in itertools.islice(bag.iter_images(topic), _LOOKED_AT):
+        stamps_ns.append(image.stamp_ns)
+        with contextlib.suppress(InputError):
+            size = size or image.rgb().shape[:2]
+    if not stamps_ns:
+        raise InputError(f"bag '{bag.path}': topic '{topic}' holds no messages")
+    if len(set(stamps_ns)) < len(stamps_ns):
+        raise InputError(
+            f"bag '{bag.path}': the first {len(stamps_ns)} images of '{topic}' have {len(set(stamps_ns))} stamps; "
+            "a replay tells answers apart by them: leave --realtime out"
+        )
+    return size
 
 
 def _record(
@@ -163,7 +183,8 @@ def _empty(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
-            path.unlink()
+            # A bag that was being written when the process was killed is a folder.
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise InputError(f"folder '{folder}' is needed for the replay and cannot be made or emptied: {error.strerror}") from error
 

@@ -12,7 +12,7 @@ from ros2_ood_seg import rle
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.bag_messages import instances_from_message, make_header, typestore
 from ros2_ood_seg.evaluation.bag_writer import DRIVE_IMAGE, DRIVE_INSTANCE, DRIVE_LABEL, BagWriter, write_drive
-from ros2_ood_seg.evaluation.bags import BagReader
+from ros2_ood_seg.evaluation.bags import BagReader, Topic
 from ros2_ood_seg.synthetic import SyntheticDrive
 
 STAMPS = [1_700_000_000_000_000_001 + k * 100_000_000 for k in range(4)]
@@ -227,3 +227,36 @@ def test_a_synthetic_drive_becomes_a_labelled_bag(tmp_path):
         np.testing.assert_array_equal(image.rgb(), frame.image)
         np.testing.assert_array_equal(label.labels(), frame.anomaly)
         np.testing.assert_array_equal(instance.labels(), frame.instances)
+
+
+def test_one_wrong_stamp_costs_one_label_and_stamps_may_start_over(tmp_path):
+    far, kind = STAMPS[0] + 10**12, typestore().types["sensor_msgs/msg/Image"]
+    for name, image_stamps, label_stamps, matched in (
+        ("image ahead", [1, 2, far, *range(4, 60)], range(1, 60), 58),
+        ("label ahead", range(1, 60), [1, far, *range(3, 60)], 58),
+        ("again", [*range(1, 31)] * 2, [*range(1, 31)] * 2, 60),
+        ("none", [0] * 30, [0] * 30, 30),
+    ):
+        with BagWriter(tmp_path / name) as bag:
+            for k, (image, label) in enumerate(zip(image_stamps, label_stamps, strict=True)):
+                for topic, stamp, pixels, encoding in (
+                    ("/cam/label", label, np.full((12, 20), k), "mono8"),
+                    ("/cam/image", image, np.full((12, 20, 3), k), "rgb8"),
+                ):
+                    message = kind(make_header(stamp, "cam"), 12, 20, encoding, 0, pixels[0].size, pixels.astype(np.uint8).ravel())
+                    bag.write(topic, message, STAMPS[0] + k)
+        with BagReader(tmp_path / name) as bag:
+            rows = list(bag.iter_labelled("/cam/image", "/cam/label"))
+        assert len(rows) == matched, name
+        assert all(image.rgb()[0, 0, 0] == label.labels()[0, 0] for image, label in rows)
+
+
+def test_a_raw_topic_that_was_never_used_does_not_hide_the_compressed_one(tmp_path, monkeypatch):
+    with BagWriter(tmp_path / "bag") as bag:
+        for stamp in STAMPS:
+            bag.write_jpeg("/cam/compressed", picture(0), stamp, "cam")
+    with BagReader(tmp_path / "bag") as bag:
+        # As ros2 bag record notes what was advertised.
+        monkeypatch.setattr(BagReader, "topics", (Topic("/cam", "sensor_msgs/msg/Image", 0), *bag.topics))
+        assert bag.image_topic().name == "/cam/compressed"
+        assert bag.image_topic("/cam").name == "/cam/compressed"

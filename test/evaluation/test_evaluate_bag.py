@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from ros2_ood_seg.cli import main
+from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import evaluate_bag
 from ros2_ood_seg.evaluation.bag_evaluation import BagJob, BagRun
 from ros2_ood_seg.evaluation.bag_messages import instances_from_message, make_header, typestore
@@ -364,3 +365,54 @@ def test_a_frame_without_its_score_map_is_rejected_and_the_others_go_on(tmp_path
     report = evaluate(tmp_path, "--bag", tmp_path / "drive", "--image-topic", "/front/image")
     assert f"{stamp(3)}.npy" in capsys.readouterr().err
     assert report["drive"]["frames"] == 7
+
+
+def test_a_label_that_cannot_be_used_is_counted_and_the_others_go_on(tmp_path, capsys):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(8), range(7))
+        image, _, scores = scene(8, True)
+        bag.write_image("/front/image", image, stamp(8), "front")
+        bag.write_image("/front/label", np.full((HEIGHT, WIDTH), 7, np.uint8), stamp(8))
+        np.save(tmp_path / "maps" / f"{stamp(8)}.npy", scores)
+    report = evaluate(tmp_path, "--bag", tmp_path / "drive", "--image-topic", "/front/image", "--label-topic", "/front/label")
+    assert (report["images"], report["drive"]["bags"][0]["frames"], report["drive"]["bags"][0]["labelled"]) == (4, 8, 4)
+    assert "1 labels could not be used, the first: label of drive" in capsys.readouterr().err
+
+
+def test_clips_of_recordings_with_dots_in_their_names(tmp_path):
+    with BagWriter(tmp_path / "drive.v1.2") as bag:
+        write_frames(bag, tmp_path / "maps", range(8))
+    report = evaluate(tmp_path, "--bag", tmp_path / "drive.v1.2", "--image-topic", "/front/image", "--clips", tmp_path / "clips", *CLIPS)
+    assert report["drive"]["bags"][0]["name"] == "drive.v1.2"
+    assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == ["clips.json", "drive.v1.2_0001.jpg", "drive.v1.2_0001.mcap"]
+
+
+def test_clips_end_where_the_recording_breaks_off(tmp_path, monkeypatch, capsys):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(8))
+    read = BagReader.iter_raw
+
+    def broken(self: BagReader, topics: Any = (), start_ns: int | None = None, stop_ns: int | None = None) -> Any:
+        """As a file whose second half is damaged: every reader of these messages fails there."""
+        for raw in read(self, topics, start_ns, stop_ns):
+            if self.path.name == "drive" and raw.time_ns >= stamp(5):
+                raise InputError("the chunk is damaged")
+            yield raw
+
+    monkeypatch.setattr(BagReader, "iter_raw", broken)
+    arguments = ("--bag", tmp_path / "drive", "--image-topic", "/front/image", "--clips", tmp_path / "clips", *CLIPS, "--clip-after", "9")
+    report = evaluate(tmp_path, *arguments, code=2)
+    assert "the chunk is damaged; the report holds the 5 frames before" in capsys.readouterr().err
+    (clip,) = report["drive"]["bags"][0]["clips"]
+    with BagReader(tmp_path / "clips" / clip["bag"]) as bag:
+        assert len(list(bag.iter_images("/front/image"))) == 5
+
+
+def test_a_recording_that_cannot_be_read_is_not_replaced(tmp_path, capsys):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(8))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/report.mcap").write_bytes(b"half a recording")
+    evaluate(tmp_path, "--bag", tmp_path / "drive", "--image-topic", "/front/image", code=2)
+    assert "would replace a recording" in capsys.readouterr().err
+    assert (tmp_path / "out/report.mcap").read_bytes() == b"half a recording"

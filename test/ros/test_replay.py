@@ -17,8 +17,10 @@ pytest.importorskip("ros2_ood_seg.msg", reason="the messages are not built (colc
 from harness import PATIENCE_S
 
 import ros2_ood_seg
+from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.bag_writer import BagWriter
 from ros2_ood_seg.evaluation.bags import BagReader
+from ros2_ood_seg.ros import replay
 
 pytestmark = pytest.mark.dds
 FRAMES, STEP_NS, START_NS, LAG_NS = 10, 200_000_000, 1_700_000_000_000_000_000, 15_000_000
@@ -93,3 +95,37 @@ def test_a_node_that_cannot_start_is_told_with_its_log(tmp_path):
     with pytest.raises(ProcessError, match="the node ended with code 2"), replay(tmp_path / "drive", "/front", broken, tmp_path / "replay"):
         pass
     assert "input_width" in (tmp_path / "replay" / "node.log").read_text()
+
+
+def test_the_size_is_that_of_the_first_image_that_can_be_decoded(tmp_path):
+    with BagWriter(tmp_path / "drive") as bag:
+        bag.write_jpeg("/front/compressed", np.zeros((96, 128, 3), np.uint8), START_NS, "front")
+    with BagReader(tmp_path / "drive") as bag:
+        whole = next(bag.iter_raw(["/front/compressed"]))
+        image = bag.message(whole)
+    image.data = image.data[: len(image.data) // 2]
+    with BagWriter(tmp_path / "cut") as bag:
+        bag.write("/front/compressed", image, START_NS)
+        bag.write_jpeg("/front/compressed", np.zeros((96, 128, 3), np.uint8), START_NS + STEP_NS, "front")
+    with BagReader(tmp_path / "cut") as bag:
+        assert replay._size(bag, "/front/compressed") == (96, 128)
+    with BagWriter(tmp_path / "none") as bag:
+        bag.write("/front/compressed", image, START_NS)
+    with BagReader(tmp_path / "none") as bag:
+        assert replay._size(bag, "/front/compressed") is None
+
+
+def test_images_without_stamps_of_their_own_are_refused(tmp_path):
+    with BagWriter(tmp_path / "drive") as bag:
+        for k in range(3):
+            bag.write_jpeg("/front/compressed", np.zeros((96, 128, 3), np.uint8), 0, "front", time_ns=START_NS + k)
+    with BagReader(tmp_path / "drive") as bag, pytest.raises(InputError, match="the first 3 images of '/front/compressed' have 1 stamps"):
+        replay._size(bag, "/front/compressed")
+
+
+def test_what_a_killed_replay_left_is_removed(tmp_path):
+    (tmp_path / "replay" / ".bag-x").mkdir(parents=True)
+    (tmp_path / "replay" / ".bag-x" / "half.mcap").write_bytes(b"")
+    (tmp_path / "replay" / "node.log").write_bytes(b"")
+    replay._empty(tmp_path / "replay")
+    assert not list((tmp_path / "replay").iterdir())

@@ -174,15 +174,13 @@ def node_figures(recording: Recording, stale_after_s: float) -> dict[str, Any]:
 
 
 def _last_counts(answers: Path) -> dict[str, int] | None:
-    """The node's counts as of its last frame."""
+    """The node's counts as of the last frame it answered; what it refused after that is not among them."""
+    names = ("received", "answered", "replaced", "rejected")
     with BagReader(answers) as bag:
-        last = None
-        for raw in bag.iter_raw([f"{NODE}/timing"]):
-            last = raw
-        if last is None:
-            return None
-        message = bag.message(last)
-    return {name: int(getattr(message, name)) for name in ("received", "answered", "replaced", "rejected")}
+        messages = (bag.message(raw) for raw in bag.iter_raw([f"{NODE}/timing"]))
+        counts = [{name: int(getattr(message, name)) for name in names} for message in messages]
+    # Answers lie in the order of their stamps, which need not be that of the recording.
+    return max(counts, key=lambda count: count["received"], default=None)
 
 
 def iter_answers(

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from ros2_ood_seg import __version__
-from ros2_ood_seg.errors import InputError, ProcessError
+from ros2_ood_seg.errors import InputError, ProcessError, os_error_text
 
 # Command to the module whose register(subparsers) adds it; only the chosen one is imported, so --help is instant.
 COMMANDS = {
@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        # A full disk, a folder that cannot be written.
-        where = f"'{error.filename}': " if error.filename else ""
-        print(f"ood-seg: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"ood-seg: {os_error_text(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -80,17 +80,17 @@ class DisjointInstances:
             instances: By score.
             min_area_px: An instance that would own fewer pixels, and none at all in any case, is dropped.
         """
-        masks, boxes = instances.masks[:MAX_INSTANCES], instances.boxes_xyxy
+        masks, boxes = instances.masks[:MAX_INSTANCES], instances.boxes_xyxy[:MAX_INSTANCES]
         kept = np.arange(len(masks))
         while True:
-            chosen = torch.as_tensor(kept, device=masks.device)
-            labels = label_image(masks[chosen], boxes[chosen]).cpu().numpy().astype(np.uint16)
+            labels = label_image(masks, boxes).cpu().numpy().astype(np.uint16)
             runs = dict(_label_runs(labels))
-            large = [label - 1 for label, own in runs.items() if own.area_px >= min_area_px]
+            large = np.array([label - 1 for label, own in runs.items() if own.area_px >= min_area_px], dtype=np.int64)
             if len(large) == len(kept):
                 return cls(instances, kept, labels, tuple(runs.values()))
             # Once more: pixels of what is dropped may belong to another one.
-            kept = kept[np.array(large, dtype=np.int64)]
+            chosen = torch.as_tensor(large, device=masks.device)
+            kept, masks, boxes = kept[large], masks[chosen], boxes[chosen]
 
     def instances(self) -> Instances:
         """The kept instances with their whole masks, overlaps and all."""

@@ -17,3 +17,9 @@ class WeightsError(InputError):
 
 class ProcessError(RuntimeError):
     """Another process that was started to help failed, for a reason that lies in it or in the machine, not in the input."""
+
+
+def os_error_text(error: OSError) -> str:
+    """A full disk, a folder that cannot be written: in one line with the file, where it is known."""
+    where = f"'{error.filename}': " if error.filename else ""
+    return f"{where}{error.strerror or error}"

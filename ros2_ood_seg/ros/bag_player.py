@@ -27,8 +27,6 @@ from ros2_ood_seg.ros.entry import run_command
 from ros2_ood_seg.ros.transport import make_room_for_images
 
 _KINDS = {COMPRESSED_IMAGE: CompressedImage}
-
-
 _AT_ONCE = 4
 """Answers taken between two images; more than one can only wait after a pause."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import rclpy
 from rclpy.executors import ExternalShutdownException
 
-from ros2_ood_seg.errors import InputError, ProcessError
+from ros2_ood_seg.errors import InputError, ProcessError, os_error_text
 
 
 def run_command(name: str, work: Callable[[], None]) -> int:
@@ -30,8 +30,7 @@ def run_command(name: str, work: Callable[[], None]) -> int:
         print(f"{name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except OSError as error:
-        where = f"'{error.filename}': " if error.filename else ""
-        print(f"{name}: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"{name}: {os_error_text(error)}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, ExternalShutdownException):
         return 130

@@ -86,7 +86,7 @@ class Outputs:
             self._send("instance_mask", array_to_image(disjoint.labels, "mono16", header))
         if on.anomaly_map and self._wanted("anomaly_map"):
             self._send("anomaly_map", array_to_image(result.refined.float().cpu().numpy(), "32FC1", header))
-        # The classes are computed when they are asked for, so that comes last.
+        # Asking for the classes computes them, so it is done when somebody listens only.
         if on.semantic and self._wanted("semantic") and (semantic := result.score_map.semantic) is not None:
             self._send("semantic", array_to_image(semantic.cpu().numpy(), "mono8", header))
         if on.overlay and (self._wanted("overlay") or self._wanted("overlay/compressed")):

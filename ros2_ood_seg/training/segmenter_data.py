@@ -149,13 +149,6 @@ def load_backgrounds(roots: Sequence[Path], per_folder: int, seed: int) -> list[
     return frames
 
 
-def _read_gray(path: Path) -> Image:
-    image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-    if image is None:
-        raise InputError(f"label image '{path}' cannot be read")
-    return np.asarray(image, dtype=np.uint8)
-
-
 @dataclass(frozen=True)
 class _Picture:
     """An image file, the image or sequence it is split by, and how to read its objects' masks, given its height and width."""

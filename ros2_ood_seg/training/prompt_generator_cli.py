@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import cast
 
-import cv2
 import numpy as np
 import torch
 
 from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.image_encodings import write_rgb
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import SCORERS
 from ros2_ood_seg.scorers.base import CalibratedScorer
@@ -55,7 +55,7 @@ class MapRecipe:
 
 
 # What was fixed before it became a setting, for folders of maps made then.
-_DEFAULTS = {"paste": asdict(PasteSettings()), "scenes": 0.0}
+_DEFAULTS = {"paste": asdict(PasteSettings()), "scenes": 0.0, "choices": "of the samples' stream"}
 
 # Like a frame 1024 px wide at the scorer and 640 px at the detector, but only three quarters of it: cheaper to score.
 _COMPACT_MAPS = MapRecipe(
@@ -101,7 +101,8 @@ class ExposedFrames:
         return self._recipe.count
 
     def __getitem__(self, index: int) -> RoadSample:
-        rng = np.random.default_rng([self._seed, index])
+        # Not the stream that the samples draw from: source and size would follow the choices made here.
+        rng = np.random.default_rng([self._seed, index, 1])
         measures = index >= len(self) - self._held_out
         unseen = rng.random() < self._recipe.unseen or measures
         negative = rng.random() < self._recipe.negatives
@@ -160,6 +161,7 @@ def run(args: argparse.Namespace) -> int:
             "scorer_sha256": hashlib.sha256(scorer.weights_path.read_bytes()).hexdigest(),
             "seed": recipe.seed,
             "held_out": recipe.held_out,
+            "choices": "of their own",
             **asdict(map_recipe),
         }
         # Maps of earlier versions do not say what they were made from.
@@ -168,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
         if args.preview:
             print(*write_preview(args.output, frames, scorer, recipe, runtime.device), sep="\n")
             return 0
-        training = PreparedTraining(recipe, args.output, device=runtime.device, init=args.init)
+        training = PreparedTraining(recipe, args.output, device=runtime.device, init=args.init, maps=made_by)
         part = (processes.rank, processes.world)
         write_score_maps(folder, frames, scorer, map_recipe.width, made_by, runtime.device, defaults=defaults, part=part)
         processes.wait()
@@ -202,7 +204,7 @@ def write_preview(
     examples = ScoreMaps(np.stack([m.scores for m in maps]), [m.boxes_xyxy for m in maps], [m.peaks for m in maps], scored[0][1])
     paths = output / "preview.png", output / "preview_frames.png"
     for path, sheet in zip(paths, (contact_sheet(examples, recipe), frames_sheet(samples)), strict=True):
-        cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+        write_rgb(path, sheet)
     return paths
 
 

@@ -212,3 +212,32 @@ def test_maps_and_checkpoints_of_another_recipe_are_refused_by_name(arguments: l
     (tmp_path / "maps/index.json").write_text(json.dumps(index))
     args = parse(words)
     assert args.run(args) == 0
+
+
+def test_choices_do_not_follow_the_samples_own_stream(arguments: list[str], tmp_path: Path) -> None:
+    args = parse([*arguments, "--output", str(tmp_path), "--held-out", "1", "--map-count", "400", "--map-unseen", "0.5"])
+    recipe, map_recipe = recipes(args)
+    frames = exposed_frames(args, map_recipe, recipe)
+
+    class Side:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, index: int) -> tuple[str, float]:
+            # As samples do: the first number of their stream chooses the source of the frame.
+            return self.name, np.random.default_rng([recipe.seed, index]).random()
+
+    frames._sides = [(Side("seen"), Side("seen")), (Side("unseen"), Side("unseen"))]  # type: ignore[list-item]
+    drawn = [frames[k] for k in range(399)]
+    for side in ("seen", "unseen"):
+        first = [number for name, number in drawn if name == side]
+        assert 0.4 < np.mean([number < 0.5 for number in first]) < 0.6, side
+
+
+def test_a_run_goes_on_with_the_same_maps_only(arguments: list[str], tmp_path: Path) -> None:
+    words = [*arguments, "--output", str(tmp_path / "run"), "--held-out", "2", "--batch-size", "1", "--iterations", "2"]
+    args = parse([*words, "--maps", str(tmp_path / "first")])
+    assert args.run(args) == 0
+    other = parse([*words, "--maps", str(tmp_path / "second"), "--map-count", "10"])
+    with pytest.raises(InputError, match="began from something else"):
+        other.run(other)

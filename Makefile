@@ -5,14 +5,15 @@
 SHELL := /bin/bash
 export DISTRO ?= jazzy
 
-.PHONY: env build demo test lint format clean
+.PHONY: env venv build demo test lint format clean
 
 env: build
 
-.venv/complete: requirements/runtime.txt requirements/extra.txt requirements/dev.txt requirements/ros-$(DISTRO).txt tools/make_env.sh
+# Always: the script is quick where nothing is to do, and what DISTRO, PYTHON or a sourced ROS ask for may have changed.
+venv:
 	@tools/make_env.sh
 
-build: .venv/complete
+build: venv
 	@tools/build.sh
 
 demo: build
@@ -24,7 +25,7 @@ lint: build
 test: build
 	@. ./env.sh && tools/lint.sh && python -m pytest --cov --cov-report=term --durations=15 $(PYTEST_ARGS)
 
-format: .venv/complete
+format: venv
 	@.venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
 clean:

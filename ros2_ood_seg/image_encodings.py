@@ -208,6 +208,16 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
     return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)
 
 
+def write_rgb(path: Path, image: NDArray[np.uint8]) -> None:
+    """Writes (H, W, 3) uint8 RGB in the format of the path's ending.
+
+    Raises:
+        OSError: The file cannot be written; OpenCV's own function would say nothing.
+    """
+    _, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    path.write_bytes(encoded.tobytes())
+
+
 def check_image_file(path: Path) -> None:
     """Looks at both ends of an image file, which is quick, to find what is missing, empty or cut short before hours of work.
 

@@ -12,8 +12,8 @@ if [[ -f $prefix/share/ament_cmake/package.xml ]]; then
 fi
 export PATH="$venv/bin:$PATH"
 
-# A build tree of another environment cannot be reused.
-stamp="$prefix"
+# A build tree of another environment, or of a checkout that was moved or copied here, cannot be reused.
+stamp="$prefix $PWD"
 if [[ -f build/.environment && $(<build/.environment) != "$stamp" ]]; then
   rm -rf build install log
 fi

@@ -35,15 +35,21 @@ target="$CACHE/venv-$home-$key"
 mkdir -p "$CACHE"
 
 exec 9>"$target.lock"
-flock 9
+flock -n 9 || {
+  echo "make env: waiting for another run that installs into $target"
+  flock 9
+}
 if [[ ! -f $target/complete ]]; then
   echo "make env: installing into $target (several GB, a few minutes)"
-  [[ -x $target/bin/python ]] || "$PYTHON" -m venv "${options[@]}" "$target"
+  # An interrupted venv has a Python but no pip.
+  "$target/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv --clear "${options[@]}" "$target"
   arguments=()
   for file in "${files[@]}"; do arguments+=(-r "$file"); done
   log="$target.log"
-  "$target/bin/python" -m pip install --disable-pip-version-check "${arguments[@]}" >"$log" 2>&1 &
+  "$target/bin/python" -m pip install --disable-pip-version-check "${arguments[@]}" >"$log" 2>&1 9>&- &
   installer=$!
+  # A job in the background does not see Ctrl-C.
+  trap 'kill "$installer" 2>/dev/null || true' EXIT INT TERM
   while kill -0 "$installer" 2>/dev/null; do
     sleep 15
     echo "make env: $(grep -c '^ *Downloading\|^ *Using cached' "$log" || true) packages so far, $(du -sh "$target" | cut -f1) installed"
@@ -53,6 +59,7 @@ if [[ ! -f $target/complete ]]; then
     tail -n 30 "$log" >&2
     exit 1
   }
+  trap - EXIT INT TERM
   if [[ $home == wheels-* ]]; then
     # The wheels' CMake files name the Python of the machine that built them.
     "$target/bin/python" tools/relocate_cmake.py

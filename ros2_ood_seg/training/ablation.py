@@ -70,8 +70,10 @@ class CachedScorer:
         if key not in self._known:
             start = time.perf_counter()
             score_map = self._scorer(image, external)
-            np.save(path, score_map.scores.cpu().numpy())
-            self._known[key] = (score_map.scorer, score_map.calibration, score_map.road_end, (time.perf_counter() - start) * 1e3)
+            scores = score_map.scores.cpu().numpy()
+            took_ms = (time.perf_counter() - start) * 1e3
+            np.save(path, scores)
+            self._known[key] = (score_map.scorer, score_map.calibration, score_map.road_end, took_ms)
         name, calibration, road_end, self.last_ms = self._known[key]
         return ScoreMap(torch.from_numpy(np.load(path)).to(image.device), name, calibration, road_end=road_end)
 

@@ -137,7 +137,8 @@ def make_statistics(config: ScorerConfig, runtime: Runtime, images: Sequence[Pat
     """
     make_source, write = SOURCES[config.name]
     source = make_source(config, runtime)
-    if not anew and (config.statistics or list(source.path.parent.glob(f"{source.path.stem}.*"))):
+    found = [path for path in source.path.parent.glob(f"{source.path.stem}.*") if path.suffix != ".partial"]
+    if not anew and (config.statistics or found):
         return None
     if config.statistics:
         raise InputError(f"scorer.statistics names '{config.statistics}', which is never written to: leave it out to compute them")

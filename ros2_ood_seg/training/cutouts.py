@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,7 +368,9 @@ def _whole_pictures(tree: Any, names: Mapping[int, str], files: Mapping[int, Pat
         shapes = [item["segmentation"] for item in items]
         polygons = tuple(polygon for shape in shapes if isinstance(shape, list) for polygon in _polygons(shape))
         coded = tuple(shape for shape in shapes if not isinstance(shape, list))
-        yield Cutout(files[picture], f"coco/{files[picture].stem}", polygons=polygons, coded=coded)
+        cutout = Cutout(files[picture], f"coco/{files[picture].stem}", polygons=polygons, coded=coded)
+        if cutout.has_mask:
+            yield cutout
 
 
 def _polygons(shapes: list[Any]) -> tuple[NDArray[np.float32], ...]:
@@ -405,15 +407,24 @@ def in_layout(path: Path, name: str) -> Iterator[None]:
         raise InputError(f"'{path}' is not in the {name} layout: {error!r}") from error
 
 
+def check_files(paths: Iterable[Path | None], root: Path) -> None:
+    """Looks at the pictures and masks that a data set names, each once.
+
+    Raises:
+        InputError: One is missing, empty or cut short.
+    """
+    files = sorted({path for path in paths if path is not None})
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"'{root}' names the file '{path}', which does not exist")
+    check_all(check_image_file, files, "check pictures")
+
+
 def _existing(cutouts: list[Cutout], root: Path) -> list[Cutout]:
     """Checks that all files are there, and reads some objects."""
     if not cutouts:
         raise InputError(f"'{root}' holds no usable objects")
-    paths = sorted({p for c in cutouts for p in (c.image, c.mask) if p is not None})
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"'{root}' names the file '{path}', which does not exist")
-    check_all(check_image_file, paths, "check pictures")
+    check_files((path for cutout in cutouts for path in (cutout.image, cutout.mask)), root)
     for cutout in evenly_spread(cutouts):
         cutout.read()
     return cutouts

@@ -16,6 +16,7 @@ from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.image_encodings import read_rgb
 from ros2_ood_seg.scorers.network import CITYSCAPES_CLASSES
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES
+from ros2_ood_seg.training.cutouts import coco_panoptic_regions, coco_regions
 from ros2_ood_seg.training.outlier_exposure import IGNORE, Cutout, OutlierExposure, PasteSettings, RoadImage, RoadSample
 from ros2_ood_seg.training.outlier_losses import OUTLIER, VOID
 from ros2_ood_seg.training.scorer import ScorerData
@@ -102,6 +103,7 @@ class ExposureData:
     held_out: tuple[list[list[RoadImage]], list[Cutout]]
     class_names: tuple[str, ...]
     known_objects: bool
+    data: ScorerData
 
     @classmethod
     def read(cls, data: ScorerData, num_classes: int, needs_labels: bool) -> ExposureData:
@@ -131,17 +133,18 @@ class ExposureData:
             if cityscapes and needs_labels:
                 roads = [[replace(road, classes=CITYSCAPES_TRAIN_IDS) for road in source] for source in roads]
             sides.append((roads, cutouts))
-        return cls(sides[0], sides[1], names, known_objects=needs_labels and not cityscapes)
+        return cls(sides[0], sides[1], names, known_objects=needs_labels and not cityscapes, data=data)
 
     def samples(self, paste: PasteSettings, seed: int, length: int, outlier_share: float, pictures: bool) -> ExposureSamples:
         """The training samples; see :class:`ExposureSamples`."""
         roads, cutouts = self.train
-        return ExposureSamples(roads, cutouts, self._allowed(paste), seed, length, outlier_share, pictures)
+        objects = picture_objects(cutouts, self.data) if pictures else None
+        return ExposureSamples(roads, cutouts, self._allowed(paste), seed, length, outlier_share, objects)
 
     def validation(self, paste: PasteSettings, seed: int, count: int = 24) -> list[ExposureBatch]:
         """Batches of held-out road images, all with held-out objects."""
         roads, cutouts = self.held_out
-        dataset = ExposureSamples(roads, cutouts, self._allowed(paste), seed, count, 1.0, False)
+        dataset = ExposureSamples(roads, cutouts, self._allowed(paste), seed, count, 1.0)
         return [collate([dataset[j] for j in range(k, min(k + _VALIDATION_BATCH, count))]) for k in range(0, count, _VALIDATION_BATCH)]
 
     def _allowed(self, paste: PasteSettings) -> PasteSettings:
@@ -158,7 +161,7 @@ class ExposureSamples(Dataset[Sample]):
         seed: Seed of everything random.
         length: Number of samples.
         outlier_share: Share of samples with pasted outliers.
-        pictures: Whether each sample has a picture that objects come from, too.
+        pictures: Each sample has one of these pictures, too, as :func:`picture_objects` gives them; None for none.
 
     Raises:
         InputError: No road images, or no objects of unknown classes.
@@ -172,14 +175,14 @@ class ExposureSamples(Dataset[Sample]):
         seed: int,
         length: int,
         outlier_share: float,
-        pictures: bool,
+        pictures: Sequence[Sequence[Cutout]] | None = None,
     ) -> None:
         self._pasted = OutlierExposure(roads, cutouts, paste, seed, length)
         self._clean = OutlierExposure(roads, cutouts, replace(paste, objects_per_image=(0, 0)), seed, length)
         self._share, self._seed, self._length = outlier_share, seed, length
         self._shape_hw = paste.crop_hw
-        self._pictures = _pictures(cutouts) if pictures else []
-        if pictures and not self._pictures:
+        self._pictures = pictures or []
+        if pictures is not None and not pictures:
             raise InputError("this method also learns from the pictures that objects come from, and all of them show known classes too")
 
     def __len__(self) -> int:
@@ -217,9 +220,23 @@ def read_picture(objects: Sequence[Cutout], shape_hw: tuple[int, int]) -> Pictur
     return result
 
 
-def _pictures(cutouts: Sequence[Cutout]) -> list[list[Cutout]]:
-    """The objects of each picture that shows none of a known class, as RPL and PEBAL choose them."""
+def picture_objects(cutouts: Sequence[Cutout], data: ScorerData) -> list[list[Cutout]]:
+    """The objects of each picture that shows none of a known class, as RPL and PEBAL choose and label them.
+
+    All that is annotated counts, also crowds and what is too small or too ambiguous to be pasted.
+
+    Args:
+        cutouts: Their pictures.
+        data: Where they come from.
+    """
+    annotated: dict[str, list[Cutout]] = {}
+    if not data.whole_pictures:
+        readers = ((data.coco, coco_regions), (data.coco_panoptic, coco_panoptic_regions))
+        for region in (region for root, read in readers if root for region in read(root)):
+            if region.is_thing and region.cutout.has_mask:
+                annotated.setdefault(str(region.cutout.image), []).append(region.cutout)
     by_image: dict[str, list[Cutout]] = {}
     for cutout in cutouts:
         by_image.setdefault(str(cutout.image), []).append(cutout)
-    return [objects for objects in by_image.values() if all(cutout.is_anomaly for cutout in objects)]
+    pictures = [annotated.get(image, objects) for image, objects in by_image.items()]
+    return [objects for objects in pictures if all(cutout.is_anomaly for cutout in objects)]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from ros2_ood_seg.config import load_profile, parse_overrides
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.cli import checked_output
+from ros2_ood_seg.image_encodings import write_rgb
 from ros2_ood_seg.pipeline import Pipeline
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES
 from ros2_ood_seg.training.road_images import (
@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
         )
         picture = worst.picture()
         if picture is not None:
-            cv2.imwrite(str(output.with_suffix(".png")), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            write_rgb(output.with_suffix(".png"), picture)
     except OSError as error:
         raise InputError(f"output '{output}' cannot be written: {error.strerror}") from error
     return 0

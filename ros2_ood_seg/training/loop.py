@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import math
 import pickle
 import time
@@ -67,10 +68,12 @@ class CsvLog:
         self.path = path
         self._columns = ("iteration", *columns)
         kept = [row for row in self.rows() if int(float(row["iteration"])) <= done] if path.is_file() else []
-        with path.open("w", newline="", encoding="utf-8") as file:
+        partial = path.with_suffix(".partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
+        partial.replace(path)
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
         """Adds a row; columns without a finite value stay empty."""
@@ -214,7 +217,9 @@ class TrainingLoop:
         recipe = asdict(self._recipe)  # type: ignore[call-overload]
         progress = {"done": self.done, "seconds": self.seconds, "recent": self._recent, "recipe": recipe, "origin": self._origin}
         partial = self._checkpoint.with_suffix(".partial")
-        torch.save({**state, **progress}, partial)
+        # Into a file of Python's, so that a full disk is said to be one.
+        with partial.open("wb") as file:
+            torch.save({**state, **progress}, file)
         partial.replace(self._checkpoint)
 
     def _resume(self, may_change: Collection[str]) -> None:
@@ -247,6 +252,11 @@ class TrainingLoop:
 def file_stamp(path: Path | None) -> str:
     """What tells a file from others, wherever it lies: a hash of its content; "none" without one."""
     return "none" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def value_stamp(values: Mapping[str, Any] | None) -> str:
+    """As :func:`file_stamp` for JSON values."""
+    return "none" if values is None else hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def state_stamp(state: Mapping[str, Tensor] | None) -> str:

@@ -198,7 +198,10 @@ class OutlierExposure(Dataset[RoadSample]):
         if not self.roads or len(self.roads) != len(roads):
             raise InputError("outlier exposure needs at least one road image in each source")
         if settings.objects_per_image[1] > 0 and not self.anomalies and settings.procedural < 1.0:
-            raise InputError("outlier exposure needs cut-outs of classes that Cityscapes does not know, got none")
+            raise InputError(
+                "outlier exposure needs cut-outs of classes that Cityscapes does not know, got none on this side of the split: a share of "
+                "them, chosen by name, is held out; give more"
+            )
         chances = np.asarray(weights if weights is not None else [1.0] * len(self.roads), np.float64)
         if chances.shape != (len(self.roads),) or (chances < 0).any() or chances.sum() == 0:
             raise InputError(f"outlier exposure needs one weight per source ({len(self.roads)}), not negative, got {list(chances)}")

@@ -6,6 +6,7 @@ The published recipe is the preset ``s2m``; ``compact`` is ours for the small de
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,7 @@ from torchvision.ops import box_iou
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.prompts.networks.detectron2 import convert_detectron2_state, is_detectron2_state
 from ros2_ood_seg.prompts.networks.rcnn import SMALL_NETWORKS, InputMode, MapInput, s2m_rcnn
-from ros2_ood_seg.training.loop import TrainingLoop, file_stamp
+from ros2_ood_seg.training.loop import TrainingLoop, file_stamp, value_stamp
 from ros2_ood_seg.training.processes import Processes
 from ros2_ood_seg.training.score_maps import LabelledMap, ScoreMaps
 from ros2_ood_seg.types import Calibration
@@ -234,12 +235,21 @@ class PreparedTraining:
             interrupted there goes on.
         device: Where to train; CPU when None.
         init: Prompt generator weights or, for ``s2m``, S2M's released ones or ImageNet weights of torchvision's ResNet-50 to start from.
+        maps: JSON values that say how the maps were made, where that is known; a run goes on with the same ones only.
 
     Raises:
-        InputError: Weights of another network, or a checkpoint of another recipe.
+        InputError: Weights of another network, or a checkpoint of another recipe or of other maps.
     """
 
-    def __init__(self, recipe: PromptTraining, output: Path, *, device: torch.device | None = None, init: Path | None = None) -> None:
+    def __init__(
+        self,
+        recipe: PromptTraining,
+        output: Path,
+        *,
+        device: torch.device | None = None,
+        init: Path | None = None,
+        maps: Mapping[str, Any] | None = None,
+    ) -> None:
         self._recipe, self._output = recipe, output
         self._device = device or torch.device("cpu")
         self._processes = Processes.current()
@@ -266,7 +276,7 @@ class PreparedTraining:
             checkpoint_every=recipe.checkpoint_every,
             checkpoint_name="last.pt",
             writes=self._processes.rank == 0,
-            origin={"init": file_stamp(find_weights(str(init)) if init is not None else None)},
+            origin={"init": file_stamp(find_weights(str(init)) if init is not None else None), "maps": value_stamp(maps)},
         )
 
     def run(self, maps: ScoreMaps, extra_metadata: dict[str, Any] | None = None) -> Path:

@@ -11,7 +11,7 @@ from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.training.rba import LAYERS, PRESETS, train_rba
 from ros2_ood_seg.training.scorer import ScorerData
-from ros2_ood_seg.training.scorer_command import calibrate_published
+from ros2_ood_seg.training.scorer_command import calibrate_published, check_input_width
 
 _OF_RECIPE = (
     *("iterations", "batch_size", "learning_rate", "clip_norm", "outlier_share", "inlier_max", "outlier_min", "outlier_weight"),
@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     data = ScorerData(args.camvid, args.idd_lite, args.cityscapes, tuple(args.roads), args.coco, args.coco_panoptic, tuple(args.objects))
     if args.calibration_frames < 1:
         raise InputError(f"--calibration-frames is {args.calibration_frames}, allowed: 1 or more")
+    check_input_width(args.input_width)
     recipe = PRESETS[args.preset]
     paste = recipe.paste
     if args.crop:

@@ -19,6 +19,7 @@ from ros2_ood_seg.training.cutouts import (
     AMBIGUOUS_CLASSES,
     KNOWN_CLASSES,
     CocoRegion,
+    check_files,
     coco_panoptic_regions,
     coco_regions,
 )
@@ -116,7 +117,13 @@ def read_scenes(coco: Path | None, coco_panoptic: Path | None) -> list[Scene]:
         InputError: A malformed layout, an unreadable picture or mask, or no such picture.
     """
     sources = [(coco, coco_regions), (coco_panoptic, coco_panoptic_regions)]
-    scenes = [scene for root, regions in sources if root is not None for scene in _outside(regions(root))]
+    scenes: list[Scene] = []
+    for root, regions in sources:
+        if root is not None:
+            found = _outside(regions(root))
+            masks = (region.cutout.mask for scene in found for region in scene.regions)
+            check_files([*(scene.image for scene in found), *masks], root)
+            scenes += found
     if not scenes:
         raise InputError(
             f"no pictures taken outside in '{coco}' and '{coco_panoptic}': name COCO instances or panoptic masks that hold some"
@@ -135,6 +142,7 @@ def _outside(regions: Iterable[CocoRegion]) -> list[Scene]:
         names = {region.name for region in found}
         if names & OUTDOOR_CLASSES and not names & INDOOR_CLASSES:
             # Smaller ones stand in front more often than behind.
-            drawn = sorted((region for region in found if region.area_px >= _MIN_AREA_PX), key=lambda region: -region.area_px)
+            drawn = [region for region in found if region.area_px >= _MIN_AREA_PX and region.cutout.has_mask]
+            drawn.sort(key=lambda region: -region.area_px)
             scenes.append(Scene(picture, found[0].cutout.group, tuple(drawn)))
     return scenes

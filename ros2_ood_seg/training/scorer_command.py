@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.image_encodings import read_rgb
+from ros2_ood_seg.image_encodings import read_rgb, write_rgb
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers import SCORERS
 from ros2_ood_seg.scorers.base import CalibratedScorer
@@ -118,13 +117,15 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--scenes is no setting of method '{args.method}': leave it out")
     if args.scenes and not (args.coco or args.coco_panoptic):
         raise InputError("--scenes needs --coco or --coco-panoptic, whose pictures they are")
+    if args.method != COMPACT:
+        check_input_width(args.input_width)
     if args.calibration_frames < 1:
         raise InputError(f"--calibration-frames is {args.calibration_frames}, allowed: 1 or more")
     if args.preview:
         args.output.mkdir(parents=True, exist_ok=True)
         sources, cutouts = data.read_training()
         sheet = contact_sheet(OutlierExposure(sources, cutouts, recipe.paste, recipe.seed, 24)[k] for k in range(24))
-        cv2.imwrite(str(args.output / "preview.png"), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+        write_rgb(args.output / "preview.png", sheet)
         print(args.output / "preview.png")
         return 0
     runtime = Runtime.from_config(RuntimeConfig(device=args.device, precision="float32", threads=args.threads))
@@ -189,14 +190,24 @@ def calibrate_published(
     Raises:
         InputError: A width that the settings do not allow.
     """
-    try:
-        config = ScorerConfig(name=weights.stem, weights=str(weights), input_width=input_width)
-    except ValueError as error:
-        raise InputError(f"calibrate: {' '.join(str(error).split())}") from error
+    check_input_width(input_width)
+    config = ScorerConfig(name=weights.stem, weights=str(weights), input_width=input_width)
     scorer: CalibratedScorer = SCORERS.get(weights.stem)(config, runtime)
     with torch.inference_mode():
         calibration = calibrate(scorer, _held_out_frames(data, max_frames_per_source), runtime.device)
     write_calibration(scorer.weights_path, scorer.calibration_key, calibration)
+
+
+def check_input_width(input_width: int) -> None:
+    """Looks at ``--input-width``, which is needed only after the training.
+
+    Raises:
+        InputError: A width that the settings do not allow.
+    """
+    try:
+        ScorerConfig(input_width=input_width)
+    except ValueError as error:
+        raise InputError(f"--input-width: {' '.join(str(error).split())}") from error
 
 
 def release(trained: Path, data: ScorerData, path: Path, provenance: Mapping[str, str], max_frames_per_source: int = 200) -> None:

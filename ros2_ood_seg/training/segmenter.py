@@ -374,7 +374,13 @@ def _run(args: argparse.Namespace) -> int:
 def _run_evaluation(args: argparse.Namespace, runtime: Runtime) -> int:
     output = checked_output(args.output)
     segmenter = SEGMENTERS.get(args.evaluate)(SegmenterConfig(name=args.evaluate, weights=args.weights), runtime)
-    sets = {folder.name: load_labelled(folder) for folder in args.labelled}
+    names = ["held_out", "held_out_far"]
+    for folder in args.labelled:
+        name = next((name for name in (folder.resolve().name, str(folder)) if name not in names), "")
+        if not name:
+            raise InputError(f"--labelled names '{folder}' twice")
+        names.append(name)
+    sets = {name: load_labelled(folder) for name, folder in zip(names[2:], args.labelled, strict=True)}
     report: dict[str, Any] = {}
     if args.objects:
         held_out = load_objects(args.objects, held_out=True)

@@ -205,12 +205,17 @@ def _coco_panoptic(root: Path) -> Iterator[_Picture]:
         with in_layout(path, "COCO panoptic"):
             tree = read_json(path)
             things = {category["id"] for category in tree["categories"] if category["isthing"]}
+            files = {entry["id"]: folder / entry["file_name"] for entry in tree["images"]}
             pictures = [
-                (entry["file_name"], [s["id"] for s in entry["segments_info"] if s["category_id"] in things and not s["iscrowd"]])
+                (
+                    files[entry["image_id"]],
+                    entry["file_name"],
+                    [s["id"] for s in entry["segments_info"] if s["category_id"] in things and not s["iscrowd"]],
+                )
                 for entry in tree["annotations"]
             ]
-        for name, segments in pictures:
-            yield _Picture((folder / name).with_suffix(".jpg"), name, partial(_pick_segments, path.with_suffix("") / name, segments))
+        for image, name, segments in pictures:
+            yield _Picture(image, name, partial(_pick_segments, path.with_suffix("") / name, segments))
 
 
 def _pick_segments(path: Path, segments: list[int], _shape_hw: tuple[int, ...]) -> list[Image]:

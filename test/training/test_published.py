@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,8 @@ from ros2_ood_seg.scorers.calibration import calibration_path
 from ros2_ood_seg.scorers.networks.deeplab_anomaly import AnomalyDeepLab
 from ros2_ood_seg.scorers.networks.deeplab_mobilenet_v2 import DeepLabMobileNetV2
 from ros2_ood_seg.scorers.networks.deeplab_wrn38 import DeepLabWideResNet38
-from ros2_ood_seg.training.exposure_batches import ExposureBatch, ExposureData, ExposureSamples, collate, read_picture
-from ros2_ood_seg.training.outlier_exposure import IGNORE, PasteSettings, RoadSample, read_mask_folder
+from ros2_ood_seg.training.exposure_batches import ExposureBatch, ExposureData, ExposureSamples, collate, picture_objects, read_picture
+from ros2_ood_seg.training.outlier_exposure import IGNORE, PasteSettings, RoadSample, read_coco, read_mask_folder
 from ros2_ood_seg.training.outlier_losses import OUTLIER, VOID
 from ros2_ood_seg.training.published import METHODS, PublishedTraining, start_network, train_published
 from ros2_ood_seg.training.scorer import ScorerData
@@ -211,6 +212,32 @@ def test_pictures_keep_their_objects_in_the_middle(data: ScorerData) -> None:
     assert (picture.target == OUTLIER).sum() == 30 * 40
     assert picture.target[10 + 10, 10 + 5] == OUTLIER
     assert (read_picture(cutouts[:1], (25, 60)).target == OUTLIER).sum() == pytest.approx(15 * 20, abs=40)
+
+
+def test_pictures_show_all_that_is_annotated_and_nothing_known(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for k in range(2):
+        cv2.imwrite(str(tmp_path / "images" / f"{k}.png"), np.full((60, 80, 3), 90, np.uint8))
+
+    def box(picture: int, category: int, left: int, side: int, crowd: int = 0) -> dict[str, object]:
+        right = left + side
+        outline = [left, 5, left, 5 + side, right, 5 + side, right, 5]
+        return {"image_id": picture, "category_id": category, "area": side * side, "iscrowd": crowd, "segmentation": [outline]}
+
+    annotations = [box(0, 1, 5, 30), box(0, 1, 40, 10), box(0, 1, 60, 12, crowd=1), box(1, 1, 5, 30), box(1, 2, 50, 8)]
+    tree = {
+        "images": [{"id": k, "file_name": f"{k}.png"} for k in range(2)],
+        "categories": [{"id": 1, "name": "zebra"}, {"id": 2, "name": "person"}],
+        "annotations": annotations,
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(tree))
+    cutouts = read_coco(tmp_path)
+    assert len(cutouts) == 2, "one object of each picture is large enough to be pasted"
+    # The second picture is left out for a person that is too small to be pasted.
+    (objects,) = picture_objects(cutouts, ScorerData(coco=tmp_path))
+    target = read_picture(objects, (60, 80)).target
+    assert [int(target[8, x]) for x in (10, 45, 65)] == [OUTLIER] * 3
+    assert target[50, 70] == 0
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (1.0, 20), (0.5, 10)])

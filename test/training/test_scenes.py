@@ -165,3 +165,20 @@ def test_no_such_picture_is_refused(coco: Path) -> None:
     (coco / "instances.json").write_text("[]")
     with pytest.raises(InputError, match="COCO instances layout"):
         read_scenes(coco, None)
+
+
+def test_regions_without_outline_are_left_out_and_every_picture_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for k in range(4):
+        cv2.imwrite(str(tmp_path / "images" / f"{k}.png"), np.full((60, 80, 3), 40 * k, np.uint8))
+    outlined = rectangle(0, 3, 20, 10, 60, 50)
+    write_tree(tmp_path / "instances.json", [outlined, {**outlined, "segmentation": []}])
+    (scene,) = read_scenes(tmp_path, None)
+    assert len(scene.regions) == 1
+    scene.read()
+    # Crowds name their pictures, too.
+    write_tree(tmp_path / "instances.json", [crowd(k, 3, 5) for k in range(4)])
+    content = (tmp_path / "images" / "2.png").read_bytes()
+    (tmp_path / "images" / "2.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"2\.png"):
+        read_scenes(tmp_path, None)

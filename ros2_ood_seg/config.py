@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from ros2_ood_seg.errors import InputError
@@ -39,10 +39,10 @@ class ScorerConfig(_Settings):
     weights: str = Field("", description="Weights file, or a name of the manifest; empty takes the scorer's own")
     input_width: int = Field(
         1152,
-        ge=64,
+        ge=0,
         le=8192,
-        description="Images are resized to this width (px) before the network, keeping their shape (compact: up to whole strides of 32 px, "
-        "others are padded with 0)",
+        description="Images are resized to this width (px, 64 or more) before the network, keeping their shape (compact: up to whole "
+        "strides of 32 px, others are padded with 0); 0 for their own width",
     )
     coarse_scale: float = Field(
         0.25,
@@ -75,6 +75,13 @@ class ScorerConfig(_Settings):
     )
     external_low: float = Field(0.0, description="Scorer 'external': the raw value that is calibrated to 0")
     external_high: float = Field(1.0, description="Scorer 'external': the raw value that is calibrated to 1")
+
+    @field_validator("input_width")
+    @classmethod
+    def _wide_enough(cls, value: int) -> int:
+        if 0 < value < 64:
+            raise ValueError(f"{value} px is too narrow, allowed: 0 for the image's own width, or 64 to 8192")
+        return value
 
 
 class BoxPromptsConfig(_Settings):
@@ -117,7 +124,7 @@ class PointPromptsConfig(_Settings):
     raw_threshold: float = Field(-0.15, description="Raw score from which a pixel is a candidate (UGainS on RbA: -0.15)")
     count: int = Field(50, ge=1, le=1024, description="Points sampled per frame (UGainS: 50)")
     min_candidates: int = Field(1, ge=1, le=10_000_000, description="With fewer candidate pixels there are no points at all")
-    seed: int = Field(0, ge=0, description="Seed of the random and k-means samplers; every frame starts from it")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the random and k-means samplers; every frame starts from it")
     grid_side: int = Field(32, ge=1, le=128, description="grid: points per image side (SAM's automatic masks: 32), whatever the scores say")
 
 
@@ -379,9 +386,9 @@ def describe_allowed(setting: Setting) -> str:
     kind = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}[setting.kind.__name__]
     bounds = []
     if setting.low is not None:
-        bounds.append(f"{'above' if setting.above_low else 'at least'} {setting.low:g}")
+        bounds.append(f"{'above' if setting.above_low else 'at least'} {setting.low:.10g}")
     if setting.high is not None:
-        bounds.append(f"{'below' if setting.below_high else 'at most'} {setting.high:g}")
+        bounds.append(f"{'below' if setting.below_high else 'at most'} {setting.high:.10g}")
     if bounds:
         return f"{kind}, {' and '.join(bounds)}"
     return f"{kind} (auto, cpu, cuda, cuda:N)" if setting.name == "runtime.device" else kind

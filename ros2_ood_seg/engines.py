@@ -9,6 +9,7 @@ import inspect
 import os
 import sys
 import tempfile
+import time
 import warnings
 from collections import OrderedDict
 from importlib.util import find_spec
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 MAX_SHAPES = 8
 """Input shapes that stay compiled: the compact scorer's four looks at pictures of two shapes. One more costs a third of a second, and the
 one unused for longest goes."""
+
+_KEEP_DAYS = 60.0
 
 
 def openvino_installed() -> bool:
@@ -107,7 +110,9 @@ def _converted(network: nn.Module, example: Tensor) -> Any:
     # A file that another version or a full disk left broken is made anew, and so is one in a folder that cannot be entered.
     with contextlib.suppress(OSError, RuntimeError):
         if path.is_file():
-            return core.read_model(path)
+            model = core.read_model(path)
+            os.utime(path)
+            return model
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
@@ -124,7 +129,17 @@ def _converted(network: nn.Module, example: Tensor) -> Any:
             # The weights first: a description without them would be taken for complete.
             for suffix in (".bin", ".xml"):
                 (Path(folder) / path.name).with_suffix(suffix).replace(path.with_suffix(suffix))
+        _remove_unused(path.parent)
     return model
+
+
+def _remove_unused(folder: Path) -> None:
+    """Networks of other weights and versions that nobody has read for long."""
+    oldest_s = time.time() - _KEEP_DAYS * 86400.0
+    for path in folder.glob("*.xml"):
+        if path.stat().st_mtime < oldest_s:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".bin").unlink(missing_ok=True)
 
 
 def _fingerprint(network: nn.Module, example: Tensor, version: str) -> str:
@@ -132,7 +147,8 @@ def _fingerprint(network: nn.Module, example: Tensor, version: str) -> str:
     digest = hashlib.sha256(f"{version} {torch.__version__} {tuple(example.shape)} {network}".encode())
     for kind in sorted({type(module) for module in network.modules()}, key=lambda kind: kind.__qualname__):
         if not kind.__module__.startswith("torch."):
-            digest.update(inspect.getsource(kind).encode())
+            # The whole module: its functions and constants count, too.
+            digest.update(inspect.getsource(sys.modules[kind.__module__]).encode())
     for name, value in network.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().contiguous().numpy().tobytes())

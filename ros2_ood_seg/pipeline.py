@@ -56,8 +56,10 @@ class Pipeline:
 
     config: PipelineConfig
     runtime: Runtime
+    tracker: IoUTracker
 
     def __init__(self, config: PipelineConfig, reuse: Pipeline | None = None) -> None:
+        tracker = reuse.tracker if reuse is not None else None
         if reuse is not None and reuse.config.runtime != config.runtime:
             reuse = None
         old = reuse.config if reuse is not None else None
@@ -80,11 +82,9 @@ class Pipeline:
             SEGMENTERS, config.segmenter.name, config.segmenter, old and old.segmenter, reuse and reuse.segmenter
         )
         self.fusion: Fusion = stage(FUSIONS, config.fusion.name, config.fusion, old and old.fusion, reuse and reuse.fusion)
-        self.tracker: IoUTracker | None = None
-        if config.tracking.enabled:
-            # Track ids go on: a new tracker would give numbers of objects that are still there to others.
-            kept = reuse.tracker if reuse is not None and reuse.config.tracking == config.tracking else None
-            self.tracker = kept or IoUTracker(config.tracking)
+        # Track ids go on: a new tracker would give numbers of objects that are still there to others.
+        self.tracker = tracker or IoUTracker(config.tracking)
+        self.tracker.configure(config.tracking)
         self._ignore = _read_ignore_mask(config.runtime.ignore_mask, self.runtime.device)
 
     @classmethod
@@ -115,7 +115,7 @@ class Pipeline:
         with torch.inference_mode():
             with self._timed("upload", timings):
                 pixels = _check_image(image).to(self.runtime.device)
-                outside = None if external is None else torch.as_tensor(external, dtype=torch.float32).to(self.runtime.device)
+                outside = None if external is None else _as_scores(external).to(self.runtime.device)
                 ignore = self._ignore_for(int(pixels.shape[0]), int(pixels.shape[1]))
             with self._timed("score", timings):
                 score_map = self.scorer(pixels, outside)
@@ -128,7 +128,7 @@ class Pipeline:
             with self._timed("fuse", timings):
                 fused = self.fusion(score_map, prompts, masks, ignore)
             instances = fused.instances
-            if self.tracker is not None:
+            if self.config.tracking.enabled:
                 with self._timed("track", timings):
                     instances = self.tracker.update(instances)
         timings["total"] = (time.perf_counter() - start) * 1e3
@@ -155,8 +155,7 @@ class Pipeline:
 
     def reset(self) -> None:
         """Forgets earlier frames: call it when the stream starts anew or time jumps back."""
-        if self.tracker is not None:
-            self.tracker.reset()
+        self.tracker.reset()
 
     @contextmanager
     def _timed(self, stage: str, timings: dict[str, float]) -> Iterator[None]:
@@ -172,6 +171,11 @@ class Pipeline:
                 f"ignore mask '{self.config.runtime.ignore_mask}' is {own_width}x{own_height} px, the image is {width}x{height}"
             )
         return self._ignore
+
+
+def _as_scores(external: NDArray[np.floating[Any]] | Tensor) -> Tensor:
+    # torch takes neither negative strides nor another byte order.
+    return external.float() if isinstance(external, Tensor) else torch.from_numpy(np.ascontiguousarray(external, dtype=np.float32))
 
 
 def check_stages(config: PipelineConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +167,25 @@ def test_torch_takes_over_what_openvino_cannot_convert(
     forward = Runtime(CPU, engine="openvino").prepare(network, x)
     assert "OpenVINO cannot run Doubler, torch runs it: no such operation" in caplog.text
     torch.testing.assert_close(forward(x)[1], network(x)[1])
+
+
+@needs_openvino
+def test_a_conversion_depends_on_the_functions_of_its_module(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = torch.zeros(1, 3, 8, 8)
+    before = engines._fingerprint(network, example, "1")
+    source = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda thing: source(thing) + ("# changed" if inspect.ismodule(thing) else ""))
+    assert engines._fingerprint(network, example, "1") != before
+
+
+@needs_openvino
+def test_conversions_that_nobody_read_for_long_go(network: nn.Module, cache: Path) -> None:
+    engines.OpenVinoNetwork(network, torch.zeros(1, 3, 8, 8), 1)
+    old = {path.name for path in cache.iterdir()}
+    for path in cache.iterdir():
+        os.utime(path, (0, 0))
+    network.conv.bias += 1.0  # type: ignore[operator,union-attr]
+    engines.OpenVinoNetwork(network, torch.zeros(1, 3, 8, 8), 1)
+    kept = {path.name for path in cache.iterdir()}
+    assert len(kept) == 2
+    assert not kept & old

@@ -134,15 +134,35 @@ def test_stages_with_unchanged_settings_are_taken_over() -> None:
     assert third.scorer is not first.scorer
 
 
-def test_tracks_go_on_under_other_settings_and_end_with_other_tracking() -> None:
+def test_tracks_go_on_under_other_settings() -> None:
     image, scores = scene()
-    first = Pipeline(settings(tracking={"enabled": True}))
-    before = first.run(image, scores).instances.track_ids
-    second = Pipeline(settings(tracking={"enabled": True}, fusion={"name": "s2m", "min_area_px": 5}), reuse=first)
-    assert torch.equal(second.run(image, scores).instances.track_ids, before)
-    third = Pipeline(settings(tracking={"enabled": True, "iou": 0.4}), reuse=second)
-    assert third.tracker is not second.tracker
-    assert Pipeline(settings(), reuse=second).tracker is None
+    pipeline = Pipeline(settings(tracking={"enabled": True}))
+    before = pipeline.run(image, scores).instances.track_ids
+    changed: list[dict[str, dict[str, object]]] = [
+        {"tracking": {"enabled": True}, "fusion": {"name": "s2m", "min_area_px": 5}},
+        {"tracking": {"enabled": True, "iou": 0.4}},
+        {"tracking": {"enabled": True}, "runtime": {"device": "cpu", "threads": 1}},
+    ]
+    for sections in changed:
+        pipeline = Pipeline(settings(**sections), reuse=pipeline)
+        assert torch.equal(pipeline.run(image, scores).instances.track_ids, before), sections
+
+
+def test_tracking_switched_off_and_on_uses_no_number_again() -> None:
+    image, scores = scene()
+    on = Pipeline(settings(tracking={"enabled": True}))
+    before = on.run(image, scores).instances.track_ids
+    off = Pipeline(settings(), reuse=on)
+    assert not off.run(image, scores).instances.track_ids.any()
+    again = Pipeline(settings(tracking={"enabled": True}), reuse=off).run(image, scores).instances.track_ids
+    assert again.min() > before.max()
+
+
+def test_external_maps_may_lie_in_memory_as_they_like() -> None:
+    image, scores = scene()
+    expected = Pipeline(settings()).run(image, scores).instances.masks
+    for other in (scores[:, ::-1].copy()[:, ::-1], scores.astype(">f4"), np.asfortranarray(scores), scores.astype(np.float64)):
+        assert torch.equal(Pipeline(settings()).run(image, other).instances.masks, expected)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ class RcnnBoxes:
         if ignore is not None:
             zero = 0.0 if self._mode == "calibrated" else score_map.calibration.to_raw(0.0)
             scores = scores.masked_fill(ignore, zero)
-        found = [self._detect(scores)]
+        found = [self._detect(scores, self._input_width)]
         if self._config.tiles > 1:
             found += [self._detect_tile(scores, tile) for tile in _tiles(score_map.shape_hw, self._config.tiles)]
         if (window := self._zoom_window(score_map)) is not None:
@@ -88,13 +88,13 @@ class RcnnBoxes:
             boxes, confidence = boxes[kept], confidence[kept]
         return Prompts.from_boxes(self._widen(boxes, score_map.shape_hw), confidence)
 
-    def _detect(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes in the px of ``scores`` (h, w), and their confidence."""
+    def _detect(self, scores: Tensor, input_width: int) -> tuple[Tensor, Tensor]:
+        """Boxes in the px of ``scores`` (h, w), which the network sees ``input_width`` wide (0: as they are), and their confidence."""
         height, width = scores.shape
-        scale = self._input_width / width if self._input_width else 1.0
+        scale = input_width / width if input_width else 1.0
         resized = scores[None]
         if scale != 1.0:
-            size = (max(1, round(height * scale)), self._input_width)
+            size = (max(1, round(height * scale)), input_width)
             resized = F.interpolate(resized[None], size=size, mode="bilinear", antialias=scale < 1.0)[0]
         # No autocast: torchvision would round boxes to bfloat16, 4 px above 512, and raw maps of -150 to half a unit.
         found = self._network([resized])[0]
@@ -112,8 +112,8 @@ class RcnnBoxes:
     def _detect_tile(self, scores: Tensor, tile: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
         """As :meth:`_detect` for a part of the map, without the boxes that its inner borders cut."""
         x0, y0, x1, y1 = tile
-        boxes, confidence = self._detect(scores[y0:y1, x0:x1])
         height, width = scores.shape
+        boxes, confidence = self._detect(scores[y0:y1, x0:x1], self._input_width or width)
         margin = 0.01 * (x1 - x0)
         cut = (
             ((boxes[:, 0] < margin) & (x0 > 0))

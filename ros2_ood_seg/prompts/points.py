@@ -93,7 +93,7 @@ def _farthest_points_dense(candidates: Tensor, count: int) -> Tensor:
     ys = torch.arange(height, dtype=torch.int32, device=candidates.device)
     xs = torch.arange(width, dtype=torch.int32, device=candidates.device)
     farthest = torch.iinfo(torch.int32).max
-    distance = torch.where(candidates, farthest, -1).to(torch.int32)
+    distance = torch.where(candidates, farthest, -1).to(torch.int32).contiguous()
     chosen = []
     far = []
     for _ in range(count):
@@ -178,13 +178,15 @@ def kmeans_points(candidates: Tensor, count: int, seed: int) -> Tensor:
 
     Args:
         candidates: (H, W) bool with at least one True; of more than 10000, a random sample is clustered.
-        count: Number of clusters.
+        count: Number of clusters; with fewer candidates, all of them.
         seed: Same seed, same points.
 
     Returns:
         (P, 2) float32 ``xy`` px on the same device, P <= count.
     """
     xy = _coordinates_xy(candidates)
+    if len(xy) <= count:
+        return xy
     if len(xy) > _KMEANS_SAMPLE:
         chosen = np.random.default_rng(seed).choice(len(xy), _KMEANS_SAMPLE, replace=False)
         xy = xy[torch.from_numpy(np.sort(chosen)).to(xy.device)]

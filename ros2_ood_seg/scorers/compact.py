@@ -86,10 +86,9 @@ class CompactScorer:
         end = road_end((output.class_logits[0].argmax(0) == _ROAD).cpu().numpy())
         scores = self._with_zoom(image, end, scores)
         if self._config.smoothing_px:
-            from torchvision.transforms.functional import gaussian_blur
+            from ros2_ood_seg.scorers.network import smooth
 
-            # As in PEBAL and RPL: sigma 1 at 7 px.
-            scores = gaussian_blur(scores, [self._config.smoothing_px] * 2, [self._config.smoothing_px / 7.0] * 2)
+            scores = smooth(scores[0, 0], self._config.smoothing_px)[None, None]
         scores = scores[0, 0]
         if not torch.isfinite(scores).all():
             raise InputError(f"scorer 'compact' gave {int((~torch.isfinite(scores)).sum())} scores that are not finite: damaged weights?")
@@ -107,7 +106,8 @@ class CompactScorer:
         config = self._config
         scales = (1.0, *(scale for scale in (config.coarse_scale, config.second_scale) if scale != 1.0))
         pixels = image.permute(2, 0, 1)[None].float()
-        looks = [self._logits_at(pixels, round(config.input_width * scale)) for scale in scales]
+        width = config.input_width or int(image.shape[1])
+        looks = [self._logits_at(pixels, round(width * scale)) for scale in scales]
         size = max((int(look.shape[2]), int(look.shape[3])) for look in looks)
         logits = torch.stack([_to_image(look, size) for look in looks]).mean(0)
         return CompactOutput(logits[:, :-1], logits[:, -1])
@@ -119,7 +119,7 @@ class CompactScorer:
         """(1, 1, H, W) scores, raised at the end of the road to what a closer look gives there."""
         config = self._config
         height, width = scores.shape[-2:]
-        widest = config.input_width * max(1.0, config.second_scale)
+        widest = (config.input_width or width) * max(1.0, config.second_scale)
         if end is None or not config.zoom or width < MORE_DETAIL * widest:
             return scores
         x, y, right, bottom = window = window_at(end, config.zoom, (height, width))

@@ -44,7 +44,7 @@ class ExternalScorer:
             raise InputError("scorer 'external' needs a score map with each image, got none")
         if external.ndim != 2 or not external.numel():
             raise InputError(f"external score map has shape {tuple(external.shape)}, allowed: (h, w)")
-        scores = external.to(image.device, torch.float32)
+        scores = external.to(image.device, torch.float32).contiguous()
         finite = torch.isfinite(scores)
         if not finite.all():
             raise InputError(f"external score map holds {int((~finite).sum())} NaN or infinite values of {scores.numel()}")

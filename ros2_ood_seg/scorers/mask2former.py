@@ -29,8 +29,8 @@ from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.scorers.network import CITYSCAPES_CLASSES, NetworkScorer, RawScores, finite, only_default_score, read_checkpoint, ready
 from ros2_ood_seg.scorers.networks.deeplab import normalise_imagenet
 from ros2_ood_seg.scorers.networks.mask2former import SIZE_DIVISIBILITY, Mask2Former, Mask2FormerOutput
-from ros2_ood_seg.scorers.transformers_folder import WEIGHTS_NAME, find_folder, load_folder
-from ros2_ood_seg.weights.store import WeightFile
+from ros2_ood_seg.scorers.transformers_folder import find_folder, load_folder
+from ros2_ood_seg.weights.store import WEIGHTS_NAME, WeightFile
 
 _QUERIES_AT_ONCE = 16
 _UNO_OUTPUTS = len(CITYSCAPES_CLASSES) + 2

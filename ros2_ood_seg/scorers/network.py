@@ -94,7 +94,7 @@ class NetworkScorer:
         height, width = int(image.shape[0]), int(image.shape[1])
         with torch.inference_mode():
             raw = self._method(network_input(image, self._input_width))
-            scores, classes = _smooth(raw.scores, self._smoothing_px), raw.classes.to(torch.uint8)
+            scores, classes = smooth(raw.scores, self._smoothing_px), raw.classes.to(torch.uint8)
             if tuple(scores.shape) != (height, width):
                 scores = F.interpolate(scores[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
                 classes = F.interpolate(classes[None, None], size=(height, width), mode="nearest-exact")[0, 0]
@@ -104,9 +104,9 @@ class NetworkScorer:
 
 
 def network_input(image: Tensor, width: int) -> Tensor:
-    """An image as a method takes it: (1, 3, h, ``width``) float32 in [0, 255], of the shape of (H, W, 3) uint8."""
+    """An image as a method takes it: (1, 3, h, ``width``) float32 in [0, 255], of the shape of (H, W, 3) uint8; 0 leaves its width."""
     x = image.permute(2, 0, 1)[None].float()
-    if image.shape[1] == width:
+    if width in (0, image.shape[1]):
         return x
     size = (max(1, round(image.shape[0] * width / image.shape[1])), width)
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
@@ -211,9 +211,11 @@ def finite(logits: Tensor, scorer: str) -> Tensor:
     return logits
 
 
-def _smooth(scores: Tensor, kernel_px: int) -> Tensor:
+def smooth(scores: Tensor, kernel_px: int) -> Tensor:
     """Blurs (h, w) as PEBAL and RPL do: the border is mirrored, sigma is a seventh of the kernel."""
     if kernel_px == 1:
         return scores
-    blurred: Tensor = gaussian_blur(scores[None], [kernel_px, kernel_px], [kernel_px / 7.0, kernel_px / 7.0])
+    # A mirrored border is less wide than the map.
+    sides = [min(kernel_px, 2 * int(side) - 1) for side in (scores.shape[1], scores.shape[0])]
+    blurred: Tensor = gaussian_blur(scores[None], sides, [kernel_px / 7.0, kernel_px / 7.0])
     return blurred[0]

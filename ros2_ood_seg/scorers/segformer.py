@@ -23,7 +23,8 @@ from ros2_ood_seg.scorers.network import (
 )
 from ros2_ood_seg.scorers.networks.deeplab import normalise_imagenet
 from ros2_ood_seg.scorers.networks.segformer import TRAINING_ONLY, GmmSeg, SegFormer
-from ros2_ood_seg.scorers.transformers_folder import WEIGHTS_NAME, find_folder, load_folder
+from ros2_ood_seg.scorers.transformers_folder import find_folder, load_folder
+from ros2_ood_seg.weights.store import WEIGHTS_NAME
 
 
 def build_plain(config: ScorerConfig, runtime: Runtime) -> NetworkScorer:

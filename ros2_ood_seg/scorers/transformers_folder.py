@@ -10,9 +10,6 @@ from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.weights.store import search_dirs
 
-WEIGHTS_NAME = "model.safetensors"
-"""The weights inside a folder; calibrations lie beside it."""
-
 
 def find_folder(name: str, runtime: Runtime) -> Path | None:
     """The folder that a weights name or path means, None when it means a file."""
@@ -54,4 +51,5 @@ def load_folder(folder: Path, model_class: str, scorer: str, runtime: Runtime) -
     ]
     if problems:
         raise WeightsError(f"folder '{folder}' is not of the family 'transformers {model_class}': {'; '.join(problems)}")
-    return model.to(runtime.device).eval()
+    # Half-precision checkpoints keep their type otherwise, which float32 images do not fit.
+    return model.float().to(runtime.device).eval()

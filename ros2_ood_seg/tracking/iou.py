@@ -28,11 +28,18 @@ class IoUTracker:
 
     def __init__(self, config: TrackingConfig) -> None:
         self._config = config
-        self.reset()
+        self._tracks: list[_Track] = []
+        self._next_id = 1
+
+    def configure(self, config: TrackingConfig) -> None:
+        """Goes on with other settings; switched off, all tracks end. Numbers go on in any case."""
+        self._config = config
+        if not config.enabled:
+            self._tracks = []
 
     def reset(self) -> None:
         """Forgets all tracks; for when time jumps or the camera changes."""
-        self._tracks: list[_Track] = []
+        self._tracks = []
         self._next_id = 1
 
     def update(self, instances: Instances) -> Instances:

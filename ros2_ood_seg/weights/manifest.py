@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
 import shutil
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.weights.families import Family, recognise, without_prefixes
-from ros2_ood_seg.weights.store import BUNDLED_DIR, find_weights, load_weights, save_weights
+from ros2_ood_seg.weights.store import BUNDLED_DIR, WEIGHTS_NAME, find_weights, load_weights, save_weights, search_dirs
 
 _CHUNK = 1 << 20
+_TIMEOUT_S = 60.0
 
 
 class ManifestEntry(BaseModel):
@@ -100,11 +101,14 @@ def download(entry: ManifestEntry, folder: Path) -> Path:
     target = folder / entry.file_name
     partial = target.with_suffix(target.suffix + ".partial")
     try:
-        with urllib.request.urlopen(entry.url) as response, partial.open("wb") as file:
+        with urllib.request.urlopen(entry.url, timeout=_TIMEOUT_S) as response, partial.open("wb") as file:
             total = int(response.headers.get("Content-Length", 0)) or None
             with tqdm.wrapattr(response, "read", total=total, desc=entry.name) as reader:
                 shutil.copyfileobj(reader, file, _CHUNK)
-    except (OSError, urllib.error.URLError, ValueError) as error:
+        # A connection that ends early looks like the end of the file.
+        if total is not None and (size := partial.stat().st_size) != total:
+            raise ValueError(f"it broke off after {size} of {total} bytes")
+    except (OSError, http.client.HTTPException, ValueError) as error:
         partial.unlink(missing_ok=True)
         raise WeightsError(f"{entry.url} cannot be downloaded ({error}): get it from {entry.page} and put it into {folder}") from error
     try:
@@ -188,7 +192,9 @@ def _run(args: argparse.Namespace) -> int:
     for entry in manifest.values():
         if args.names and entry.name not in args.names:
             continue
-        path = find_weights(entry.name, args.weights_dir) if args.names else _present(entry, args.weights_dir)
+        path = _present(entry, args.weights_dir)
+        if args.names and path is None:
+            path = find_weights(entry.name, args.weights_dir)
         if path is not None:
             verify(entry, path)
             print(f"{entry.name}: {'matches' if entry.sha256 else 'has no published checksum, size'} {path}")
@@ -205,7 +211,10 @@ def _import(args: argparse.Namespace) -> int:
         others = [name for name in family.file_names if name != target.stem]
         if others and not args.name:
             print(f"where it is another's, import it with --name {' or '.join(others)}")
-    if family.use:
+    if target is not None and (BUNDLED_DIR / target.name).is_file():
+        # Names find the bundled file first.
+        print(f"use it with --set {family.use} --set {family.use.partition('.')[0]}.weights={target}")
+    elif family.use:
         print(f"use it with --set {family.use}" + (f" and --weights-dir {args.weights_dir}" if target else ""))
     else:
         print("no stage of this package runs it: write its score maps and use --set scorer.name=external")
@@ -216,4 +225,8 @@ def _present(entry: ManifestEntry, weights_dir: Path | None) -> Path | None:
     try:
         return find_weights(entry.name, weights_dir)
     except WeightsError:
-        return None
+        folders = search_dirs(weights_dir)
+    # What stages read without find_weights: estimates of classes, and folders of transformers.
+    others = [folder / f"{entry.name}.h5" for folder in folders]
+    others += [folder / entry.name / WEIGHTS_NAME for folder in folders if (folder / entry.name / "config.json").is_file()]
+    return next((path for path in others if path.is_file()), None)

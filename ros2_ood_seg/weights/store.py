@@ -21,6 +21,9 @@ from ros2_ood_seg.errors import WeightsError
 
 _LOG = logging.getLogger(__name__)
 BUNDLED_DIR = Path(__file__).resolve().parent
+WEIGHTS_NAME = "model.safetensors"
+"""The weights inside a folder of transformers; calibrations lie beside it."""
+
 ENVIRONMENT_VARIABLE = "OOD_SEG_WEIGHTS"
 _NUMPY_SCALARS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     *((cast("Callable[..., Any]", np.float64(0).__reduce__()[0]), f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -100,7 +103,8 @@ def load_weights(path: Path) -> WeightFile:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(f"weights file '{path}' holds more than tensors and was refused without running it: {_line(error)}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    # Damaged files fail in any way: struct, index and lookup errors, failed assertions.
+    except Exception as error:
         raise WeightsError(f"weights file '{path}' cannot be read, it is damaged or no torch file: {_line(error)}") from error
     for key in ("state_dict", "model", "model_state"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):

@@ -117,6 +117,12 @@ def test_tiles_enlarge_and_drop_what_their_borders_cut() -> None:
     assert across.tolist() == [[20, 10, 220, 110]]
 
 
+def test_tiles_of_a_detector_without_a_width_are_as_wide_as_the_map() -> None:
+    generate, detector = generator("raw", tiles=2)
+    generate(score_map([(200, 10, 210, 16)]))
+    assert [tuple(x.shape[1:]) for x in detector.seen] == [(120, 240)] + [(121, 240)] * 4
+
+
 def at_road_end(boxes: list[tuple[int, int, int, int]]) -> ScoreMap:
     return dataclasses.replace(score_map(boxes), road_end=(0.5, 0.5))
 

@@ -168,3 +168,17 @@ def test_oracle_points_lie_deep_inside_each_object() -> None:
 def test_oracle_points_name_what_they_cannot_use() -> None:
     with pytest.raises(InputError, match=r"\(2, 3, 4\) torch\.float32"):
         oracle_points(torch.zeros(2, 3, 4))
+
+
+@pytest.mark.parametrize("count", [1, 2, 50])
+def test_kmeans_of_a_single_candidate_is_that_pixel(count: int) -> None:
+    candidates = torch.zeros(20, 30, dtype=torch.bool)
+    candidates[7, 11] = True
+    assert kmeans_points(candidates, count, 0).tolist() == [[11.0, 7.0]]
+
+
+def test_maps_need_not_lie_row_by_row() -> None:
+    candidates = torch.from_numpy(blobs(3, 60, 90))
+    across = candidates.T.contiguous().T
+    assert not across.is_contiguous()
+    assert torch.equal(_farthest_points_dense(across, 20), _farthest_points_dense(candidates, 20))

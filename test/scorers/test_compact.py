@@ -131,6 +131,7 @@ def test_smoothing_flattens(weights: WeightFile, image: torch.Tensor) -> None:
     plain, smooth = make(weights)(image).scores, make(weights, smoothing_px=15)(image).scores
     assert smooth.shape == plain.shape
     assert float(smooth.diff(dim=1).abs().mean()) < float(plain.diff(dim=1).abs().mean())
+    assert make(weights, smoothing_px=63)(image[:20, :30]).scores.shape == (20, 30)
     with pytest.raises(InputError, match="smoothing_px is 4"):
         make(weights, smoothing_px=4)
 
@@ -210,3 +211,10 @@ def test_imagenet_weights_of_an_efficientnet_are_read_under_their_published_name
     assert net.taps == taps
     with pytest.raises(WeightsError, match="efficientnet_lite0 with ImageNet classes"):
         net.load_imagenet_features(WeightFile(tmp_path, {"features.0.0.weight": torch.zeros(1)}, {}))
+
+
+def test_width_0_is_the_images_own(weights: WeightFile, image: torch.Tensor) -> None:
+    own, same = make(weights, input_width=0)(image), make(weights, input_width=int(image.shape[1]))(image)
+    assert torch.equal(own.scores, same.scores)
+    with pytest.raises(ValueError, match="40 px is too narrow"):
+        make(weights, input_width=40)

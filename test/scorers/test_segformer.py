@@ -82,6 +82,9 @@ def test_a_folder_of_transformers(image, runtime, tmp_path: Path) -> None:
     found = score("segformer", tmp_path / "segformer-b0", image, runtime, score="max_logit")
     np.testing.assert_allclose(found.scores.numpy(), -upsampled(logits, image).max(0), atol=1e-5)
     assert found.class_names[13] == "car"
+    model.half().save_pretrained(tmp_path / "half")
+    half = score("segformer", tmp_path / "half", image, runtime, score="max_logit")
+    np.testing.assert_allclose(half.scores.numpy(), found.scores.numpy(), atol=2e-2)
 
 
 def test_refuses_what_is_missing(randomised, image, runtime, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ros2_ood_seg import cli
 from ros2_ood_seg.errors import WeightsError
 from ros2_ood_seg.scorers import SCORERS
 from ros2_ood_seg.weights.manifest import ManifestEntry, download, read_manifest, verify
+from ros2_ood_seg.weights.store import BUNDLED_DIR
 
 CONTENT = b"weights" * 1000
 
@@ -81,3 +82,44 @@ def test_list_shows_what_is_present_and_what_is_missing(capsys: pytest.CaptureFi
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(read_manifest())
     assert any(line.startswith("present") and "compact_scorer" in line for line in lines)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_download_that_breaks_off_is_no_file(chunked: bool, tmp_path: Path) -> None:
+    class Broken(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", "1000000")))
+            self.end_headers()
+            self.wfile.write(b"1000\r\nabc" if chunked else b"abc")
+            self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        with pytest.raises(WeightsError, match="cannot be downloaded"):
+            download(entry(f"http://127.0.0.1:{httpd.server_port}/model.pth"), tmp_path)
+        httpd.shutdown()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_estimates_and_folders_are_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mahalanobis_estimates.h5").write_bytes(CONTENT)
+    (tmp_path / "segformer").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "segformer" / name).write_bytes(CONTENT)
+    assert cli.main(["weights", "list", "--weights-dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("mahalanobis_estimates", "segformer"):
+        assert any(line.startswith("present") and f" {name} " in line for line in lines), name
+    assert cli.main(["weights", "verify", "segformer", "--weights-dir", str(tmp_path)]) == 0
+
+
+def test_an_imported_file_of_a_bundled_name_is_named_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = BUNDLED_DIR / "compact_scorer.safetensors"
+    assert cli.main(["weights", "import", str(weights), "--weights-dir", str(tmp_path)]) == 0
+    assert f"scorer.weights={tmp_path / 'compact_scorer.safetensors'}" in capsys.readouterr().out

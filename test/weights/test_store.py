@@ -149,3 +149,13 @@ def test_bundled_weights_that_hide_a_file_of_ones_own_are_said(tmp_path: Path, c
     save_weights(tmp_path / "compact_scorer.safetensors", state(), {})
     assert find_weights("compact_scorer", tmp_path).parent == BUNDLED_DIR
     assert f"comes before '{tmp_path / 'compact_scorer.safetensors'}'" in caplog.text
+
+
+def test_damaged_torch_files_are_refused_whatever_they_raise(tmp_path: Path) -> None:
+    path = tmp_path / "net.pth"
+    torch.save(state(), path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    for end in range(0, len(content), 7):
+        path.write_bytes(content[:end])
+        with pytest.raises(WeightsError):
+            load_weights(path)

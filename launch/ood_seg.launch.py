@@ -9,7 +9,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
 from launch import LaunchContext, LaunchDescription
-from ros2_ood_seg.ros.transport import make_room_for_images
+from ros2_ood_seg.ros.transport import room_for_images
 
 # Name, default, description. An empty default leaves the choice to the profile.
 ARGUMENTS = (
@@ -57,6 +57,8 @@ def start(context: LaunchContext) -> list[Node]:
         namespace=value("namespace"),
         arguments=["-d", str(Path(get_package_share_directory("ros2_ood_seg"), "rviz", "ood_seg.rviz"))],
         parameters=[{"use_sim_time": parameters["use_sim_time"]}],
+        # The node does this for itself; other nodes of a larger launch are not touched.
+        additional_env=room_for_images(),
         condition=IfCondition(LaunchConfiguration("rviz")),
     )
     return [node, rviz]
@@ -64,6 +66,5 @@ def start(context: LaunchContext) -> list[Node]:
 
 def generate_launch_description() -> LaunchDescription:
     """What ros2 launch asks for."""
-    make_room_for_images()
     arguments = [DeclareLaunchArgument(name, default_value=default, description=text) for name, default, text in ARGUMENTS]
     return LaunchDescription([*arguments, OpaqueFunction(function=start)])

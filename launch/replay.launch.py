@@ -33,9 +33,12 @@ def generate_launch_description() -> LaunchDescription:
         PythonLaunchDescriptionSource(str(launch_file)),
         launch_arguments=[("use_sim_time", "true"), *((name, LaunchConfiguration(name)) for name in _FOR_THE_NODE)],
     )
+    image = LaunchConfiguration("image")
     player = ExecuteProcess(
         cmd=[
             *("ros2", "bag", "play", LaunchConfiguration("bag"), "--clock"),
+            # Nothing else: the results of a node that ran while it was recorded would come beside those of this one.
+            *("--topics", image, [image, "/compressed"], "/anomaly_map"),
             *("--rate", LaunchConfiguration("rate"), "--delay", LaunchConfiguration("delay")),
         ],
         output="screen",

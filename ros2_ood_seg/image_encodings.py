@@ -6,6 +6,7 @@ The one decoder of the project: bags are read with it directly, and ``ros/images
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,8 @@ def decode_compressed(data: Buffer, image_format: str = "") -> NDArray[np.uint8]
 
     Args:
         data: The file's bytes.
-        image_format: ``format`` of sensor_msgs/CompressedImage, for messages only; the bytes tell their own format.
+        image_format: ``format`` of sensor_msgs/CompressedImage: ``<encoding>; <codec> compressed <encoding of the file>``. The bytes tell
+            their own format, but not that a grey picture is the mosaic of a Bayer camera.
 
     Returns:
         (H, W, 3) uint8 RGB, contiguous.
@@ -187,6 +189,14 @@ def decode_compressed(data: Buffer, image_format: str = "") -> NDArray[np.uint8]
     Raises:
         InputError: Empty, truncated or undecodable bytes, or a depth image.
     """
+    encoding, _, compressed = image_format.partition(";")
+    if encoding.strip().startswith("bayer_") and "mono" not in compressed:
+        mosaic = _decode_file(data, image_format, cv2.IMREAD_UNCHANGED)
+        if mosaic.ndim == 2:
+            bits = 8 * mosaic.dtype.itemsize
+            pattern = encoding.strip().rstrip("0123456789")
+            height, width = mosaic.shape
+            return decode_image(f"{pattern}{bits}", height, width, mosaic.strides[0], sys.byteorder == "big", mosaic.tobytes())
     image = _decode_file(data, image_format, cv2.IMREAD_COLOR)
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 

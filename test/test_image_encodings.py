@@ -238,3 +238,28 @@ def test_compressed_labels():
         decode_compressed_labels(encode_file(labels.astype(np.uint8), ".jpg"))
     with pytest.raises(InputError, match="one channel, got 3"):
         decode_compressed_labels(encode_file(random_rgb(0, 4, 4), ".png"))
+
+
+@pytest.mark.parametrize("encoding", ["bayer_rggb8", "bayer_gbrg8", "bayer_rggb16"])
+@pytest.mark.parametrize("tail", ["; png compressed ", "; jpeg compressed {encoding}"])
+def test_compressed_mosaics_are_those_of_the_raw_topic(encoding: str, tail: str) -> None:
+    mosaic = np.random.default_rng(0).integers(0, 255, (32, 48)).astype(np.uint16 if encoding.endswith("16") else np.uint8)
+    if mosaic.dtype == np.uint16:
+        mosaic *= 257
+    raw = decode_image(encoding, 32, 48, mosaic.strides[0], False, mosaic.tobytes())
+    _, file = cv2.imencode(".png", mosaic)
+    found = decode_compressed(file.tobytes(), encoding + tail.format(encoding=encoding))
+    np.testing.assert_array_equal(found, raw)
+
+
+@pytest.mark.parametrize("image_format", ["bayer_rggb8; jpeg compressed mono8", "mono8; png compressed ", "png"])
+def test_grey_pictures_stay_grey(image_format: str) -> None:
+    grey = np.random.default_rng(0).integers(0, 255, (32, 48), np.uint8)
+    _, file = cv2.imencode(".png", grey)
+    np.testing.assert_array_equal(decode_compressed(file.tobytes(), image_format), np.dstack([grey] * 3))
+
+
+def test_colour_pictures_of_a_bayer_camera_are_taken_as_they_are() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8)
+    _, file = cv2.imencode(".png", image[..., ::-1])
+    np.testing.assert_array_equal(decode_compressed(file.tobytes(), "bayer_rggb8; jpeg compressed bgr8"), image)

@@ -18,6 +18,7 @@ WINDOW = 100
 """Rates and percentiles look at so many of the last frames."""
 _RATE_WINDOW_S = 10.0
 _ERROR_MEMORY_S = 10.0
+_STALLED_S = 10.0
 
 
 class FrameStatistics:
@@ -33,16 +34,24 @@ class FrameStatistics:
             self._counts: Counter[str] = Counter()
             self._received_s: deque[float] = deque(maxlen=WINDOW)
             self._answered_s: deque[float] = deque(maxlen=WINDOW)
+            self._since_s = -math.inf
             self._stages_ms: dict[str, deque[float]] = {}
             self._error = ""
             self._error_s = -np.inf
 
-    def received(self, replaced: bool) -> None:
-        """A frame came in, perhaps in place of one that was still waiting."""
+    def received(self) -> None:
+        """An image came in."""
         with self._lock:
             self._counts["received"] += 1
-            self._counts["replaced"] += int(replaced)
-            self._received_s.append(time.monotonic())
+            now_s = time.monotonic()
+            if not self._received_s or now_s - self._received_s[-1] > _RATE_WINDOW_S:
+                self._since_s = now_s
+            self._received_s.append(now_s)
+
+    def replaced(self) -> None:
+        """A frame took the place of one that was still waiting."""
+        with self._lock:
+            self._counts["replaced"] += 1
 
     def answered(self, times_ms: Mapping[str, float]) -> None:
         """A frame's instances went out; ``times_ms`` holds its stages and its latency, NaN where that is not known."""
@@ -70,7 +79,7 @@ class FrameStatistics:
         with self._lock:
             return {name: self._counts[name] for name in ("received", "answered", "replaced", "rejected")}
 
-    def status(self, name: str, state: str, about: Mapping[str, str], failure: str = "") -> DiagnosticStatus:
+    def status(self, name: str, state: str, about: Mapping[str, str], failure: str = "", missing: str = "") -> DiagnosticStatus:
         """The diagnostics entry.
 
         Args:
@@ -78,6 +87,7 @@ class FrameStatistics:
             state: Lifecycle state.
             about: Further entries: profile, device.
             failure: What keeps the node from doing what it was told, until it is mended; other errors are forgotten after a while.
+            missing: What images have to come with, to say why none of them is answered.
         """
         counts = self.counts()
         with self._lock:
@@ -89,10 +99,15 @@ class FrameStatistics:
                 values[f"{stage} p50 [ms]"], values[f"{stage} p95 [ms]"] = f"{p50:.1f}", f"{p95:.1f}"
             values |= {"last error": self._error, "memory, peak [MiB]": f"{peak_memory_mb():.0f}"}
             recent_error = failure or (self._error if time.monotonic() - self._error_s < _ERROR_MEMORY_S else "")
-        if torch.cuda.is_initialized():
-            values["GPU memory [MiB]"] = f"{torch.cuda.memory_allocated() / 2**20:.0f}"
+            # So long ago is the last answer, or the first image after a pause.
+            waited_s = time.monotonic() - max([self._since_s, *self._answered_s]) if input_hz else 0.0
+        if torch.cuda.is_initialized() and about.get("device", "").startswith("cuda"):
+            values["GPU memory [MiB]"] = f"{torch.cuda.memory_allocated(about['device']) / 2**20:.0f}"
         level, message = DiagnosticStatus.OK, f"{state}, {output_hz:.1f} Hz"
-        if recent_error:
+        if state == "active" and waited_s > _STALLED_S:
+            reason = recent_error or (missing if not counts["answered"] else "")
+            level, message = DiagnosticStatus.ERROR, f"images arrive, none was answered for {waited_s:.0f} s" + f": {reason}" * bool(reason)
+        elif recent_error:
             level, message = (DiagnosticStatus.WARN if state == "active" else DiagnosticStatus.ERROR), recent_error
         elif state == "active" and not input_hz:
             level, message = DiagnosticStatus.WARN, "active, but no images arrive"

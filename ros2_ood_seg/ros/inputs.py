@@ -17,6 +17,14 @@ from ros2_ood_seg.ros import compat, qos
 from ros2_ood_seg.ros.images import image_to_rgb, image_to_scores
 from ros2_ood_seg.ros.parameters import NodeConfig
 
+_AHEAD_NS = 1_000_000_000
+"""Maps may come so much before their images."""
+
+
+def stamp_ns(message: Any) -> int:
+    """The stamp in a message's header, ns."""
+    return int(message.header.stamp.sec) * 1_000_000_000 + int(message.header.stamp.nanosec)
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -24,6 +32,8 @@ class Frame:
 
     image: Image | CompressedImage
     anomaly_map: Image | None = None
+    epoch: int = 0
+    """How often the images' time had jumped back when it came."""
 
     @property
     def header(self) -> Header:
@@ -33,7 +43,7 @@ class Frame:
     @property
     def stamp_ns(self) -> int:
         """The image's stamp, ns."""
-        return self.header.stamp.sec * 1_000_000_000 + self.header.stamp.nanosec
+        return stamp_ns(self.image)
 
     def decode(self) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
         """(H, W, 3) uint8 RGB, and (h, w) float32 scores or None.
@@ -51,6 +61,7 @@ class FrameSource:
         node: Who subscribes.
         config: Transport and matching.
         external: Whether every image needs an anomaly map.
+        on_image: Called for each image as it comes in, before it has a map.
         on_frame: Called with each frame, in the executor's thread.
         on_problem: Called with a text when a publisher's quality of service does not fit, or a stamp.
 
@@ -59,12 +70,22 @@ class FrameSource:
     """
 
     def __init__(
-        self, node: Node, config: NodeConfig, external: bool, on_frame: Callable[[Frame], None], on_problem: Callable[[str], None]
+        self,
+        node: Node,
+        config: NodeConfig,
+        external: bool,
+        on_image: Callable[[], None],
+        on_frame: Callable[[Frame], None],
+        on_problem: Callable[[str], None],
     ) -> None:
         self._node = node
+        self._on_arrival = on_image
         self._on_frame = on_frame
         self._on_problem = on_problem
         self._last_stamp_ns = 0
+        self._jumped_from_ns = 0
+        self._epoch = 0
+        self._passed_on_ns: int | None = None
         self._images = 0
         self._frames = 0
         self._subscribers: list[Any] = []
@@ -84,7 +105,8 @@ class FrameSource:
         images.registerCallback(self._on_image)
         self._synchronizer = None
         if external:
-            stamped = [self._stamped(images), self._stamped(self._subscriber(Image, node.resolve_topic_name("anomaly_map"), depth))]
+            maps = self._subscriber(Image, node.resolve_topic_name("anomaly_map"), depth)
+            stamped = [self._stamped(images), self._stamped(maps, self._is_of_now)]
             if config.external.slop_s > 0:
                 self._synchronizer = compat.ApproximateTimeSynchronizer(stamped, depth, config.external.slop_s)
             else:
@@ -119,28 +141,41 @@ class FrameSource:
         self._subscribers.append(subscriber)
         return subscriber
 
-    def _stamped(self, source: Any) -> Any:
+    def _stamped(self, source: Any, keep: Callable[[int], bool] = lambda stamp_ns: True) -> Any:
         """What of a source can be matched: rclpy's times, and with them the synchronizers, know nothing before 1970."""
         passed = compat.SimpleFilter()
 
         def check(message: Any) -> None:
             if message.header.stamp.sec < 0:
                 self._on_problem(f"a message is stamped {message.header.stamp.sec} s, before 1970, and is left out")
-            else:
+            elif keep(stamp_ns(message)):
                 passed.signalMessage(message)
 
         source.registerCallback(check)
         return passed
 
+    def _is_of_now(self, map_stamp_ns: int) -> bool:
+        """Whether a map is not one of before a jump back, which would keep the place of later ones until time comes there again."""
+        return self._last_stamp_ns >= self._jumped_from_ns or map_stamp_ns <= self._last_stamp_ns + _AHEAD_NS
+
     def _on_image(self, image: Image | CompressedImage) -> None:
-        stamp_ns = Frame(image).stamp_ns
-        if self._synchronizer is not None and stamp_ns < self._last_stamp_ns:
-            # A bag that starts over: what waits from later times would push every new message out.
-            for queue in self._synchronizer.queues:
-                queue.clear()
-        self._last_stamp_ns = stamp_ns
+        now_ns = stamp_ns(image)
+        if now_ns < self._last_stamp_ns:
+            self._epoch += 1
+            self._passed_on_ns, self._jumped_from_ns = None, self._last_stamp_ns
+            if self._synchronizer is not None:
+                # A bag that starts over: what waits from later times would push every new message out.
+                for queue in self._synchronizer.queues:
+                    queue.clear()
+        self._last_stamp_ns = now_ns
         self._images += 1
+        self._on_arrival()
 
     def _pass_on(self, image: Image | CompressedImage, anomaly_map: Image | None = None) -> None:
+        now_ns = stamp_ns(image)
+        # Maps come in any order, answers do not go back in time.
+        if self._passed_on_ns is not None and now_ns < self._passed_on_ns:
+            return
+        self._passed_on_ns = now_ns
         self._frames += 1
-        self._on_frame(Frame(image, anomaly_map))
+        self._on_frame(Frame(image, anomaly_map, self._epoch))

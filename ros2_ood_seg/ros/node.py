@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
 from rclpy.executors import ExternalShutdownException
+from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 
 from ros2_ood_seg.config import PipelineConfig
@@ -30,6 +32,7 @@ from ros2_ood_seg.ros.outputs import Outputs
 from ros2_ood_seg.ros.parameters import Parameters
 from ros2_ood_seg.ros.transport import make_room_for_images
 
+RCLError = rclpy_implementation.RCLError
 _LOG_PERIOD_S = 2.0
 _EXIT_PATIENCE_S = 1.0
 
@@ -59,11 +62,12 @@ class OodSegmenter(LifecycleNode):
         self._source: FrameSource | None = None
         self._mailbox: Mailbox[Frame] = Mailbox()
         self._worker: threading.Thread | None = None
-        self._last_stamp_ns = 0
+        self._epoch = 0
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         # A steady clock: diagnostics go out even while simulated time stands still.
         period_s = self._settings.node_config.diagnostics_period_s
         self.create_timer(period_s, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self._survive_wrong_transitions()
 
     def autostart(self) -> None:
         """Configures and activates, unless the parameter ``autostart`` is off or the configuration fails."""
@@ -90,12 +94,16 @@ class OodSegmenter(LifecycleNode):
         """Starts the worker and subscribes."""
         assert self._pipeline is not None
         self._statistics.clear()
-        self._last_stamp_ns = 0
+        self._epoch = 0
+        # What kept a pipeline from being made may be gone by now.
+        self._refused = None
         self._pipeline.reset()
         self._mailbox = Mailbox()
         external = self._settings.pipeline_config.scorer.name == "external"
         try:
-            self._source = FrameSource(self, self._settings.node_config, external, self._on_frame, self._on_problem)
+            self._source = FrameSource(
+                self, self._settings.node_config, external, self._statistics.received, self._on_frame, self._on_problem
+            )
         except Exception as error:
             self._fail("cannot activate", error)
             return TransitionCallbackReturn.FAILURE
@@ -131,6 +139,36 @@ class OodSegmenter(LifecycleNode):
         self._worker.join(patience_s)
         return not self._worker.is_alive()
 
+    def release(self) -> None:
+        """Destroys the node and ends ROS, with the shared memory of Fast DDS, which stays behind when a process just ends."""
+        self.destroy_node()
+        # The state machine keeps the node's handle, and with it the DDS participant.
+        self._state_machine = None
+        with contextlib.suppress(Exception):
+            rclpy.try_shutdown()
+        gc.collect()
+
+    def _survive_wrong_transitions(self) -> None:
+        """Answers requests of transitions that do not fit the state with ``success: false``, as rclcpp does.
+
+        Releases of rclpy up to Jazzy let the error out of the service's callback, which ends the process.
+        """
+        for service in self.services:
+            if service.srv_name.endswith("/change_state"):
+                service.callback = self._guarded(service.callback)
+
+    def _guarded(self, change_state: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def answer(request: Any, response: Any) -> Any:
+            try:
+                return change_state(request, response)
+            except RCLError as error:
+                wanted = request.transition.label or request.transition.id
+                self.get_logger().warning(f"no transition '{wanted}' from state '{self._state}': {error}")
+                response.success = False
+                return response
+
+        return answer
+
     def _stop(self) -> None:
         if self._source is not None:
             self._source.destroy()
@@ -154,7 +192,8 @@ class OodSegmenter(LifecycleNode):
         return result
 
     def _on_frame(self, frame: Frame) -> None:
-        self._statistics.received(replaced=self._mailbox.put(frame))
+        if self._mailbox.put(frame):
+            self._statistics.replaced()
 
     def _on_problem(self, text: str) -> None:
         self._statistics.failed(text)
@@ -178,10 +217,10 @@ class OodSegmenter(LifecycleNode):
         image, scores = frame.decode()
         decode_ms = (time.perf_counter() - start) * 1e3
         pipeline = self._current_pipeline()
-        if frame.stamp_ns < self._last_stamp_ns:
+        if frame.epoch != self._epoch:
             self.get_logger().info("time jumped back, tracks start anew")
             pipeline.reset()
-        self._last_stamp_ns = frame.stamp_ns
+        self._epoch = frame.epoch
         result = pipeline.run(image, scores)
         if not mailbox.closed and self._outputs is not None:
             result = replace(result, timings_ms={"decode": decode_ms, **result.timings_ms})
@@ -214,11 +253,13 @@ class OodSegmenter(LifecycleNode):
     def _publish_diagnostics(self) -> None:
         config = self._settings.pipeline_config
         about = {"profile": config.profile, "scorer": config.scorer.name, "segmenter": config.segmenter.name}
+        missing = ""
         if self._pipeline is not None:
             about["device"] = str(self._pipeline.runtime.device)
         if self._source is not None and config.scorer.name == "external":
             about["images without anomaly_map"] = str(self._source.waiting)
-        status = self._statistics.status(self.get_fully_qualified_name(), self._state, about, self._failure)
+            missing = f"no anomaly_map of their stamp within external.queue_size ({self._settings.node_config.external.queue_size})"
+        status = self._statistics.status(self.get_fully_qualified_name(), self._state, about, self._failure, missing)
         message = DiagnosticArray(status=[status])
         message.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(message)
@@ -235,13 +276,14 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Command line, None for that of the process.
 
     Returns:
-        0 after a signal, 2 when a parameter cannot be used.
+        0 after a signal, 2 when a parameter cannot be used, 1 after any other error.
     """
     # Also when a shell that starts it in the background has them ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     make_room_for_images()
     node: OodSegmenter | None = None
+    code = 0
     try:
         rclpy.init(args=args)
         node = OodSegmenter()
@@ -249,21 +291,23 @@ def main(args: Sequence[str] | None = None) -> int:
         rclpy.spin(node)
     except InputError as error:
         print(f"ood_seg_node: {error}", file=sys.stderr)
-        return 2
+        code = 2
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
-    finally:
-        ended = node is None or node.abandon(_EXIT_PATIENCE_S)
-        if not ended:
-            # A frame in work cannot be interrupted, and the interpreter must not be torn down below it.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-        if node is not None:
-            node.destroy_node()
-        with contextlib.suppress(Exception):
-            rclpy.try_shutdown()
-    return 0
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    ended = node is None or node.abandon(_EXIT_PATIENCE_S)
+    if node is not None:
+        node.release()
+    with contextlib.suppress(Exception):
+        rclpy.try_shutdown()
+    if not ended:
+        # A frame in work cannot be interrupted, and the interpreter must not be torn down below it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

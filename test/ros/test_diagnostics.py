@@ -22,3 +22,39 @@ def test_an_error_is_forgotten_and_a_failure_is_not(monkeypatch: pytest.MonkeyPa
     status = statistics.status("node", "unconfigured", {}, "cannot configure")
     assert (status.level, status.message) == (DiagnosticStatus.ERROR, "cannot configure")
     assert statistics.status("node", "active", {}, "not taken").level == DiagnosticStatus.WARN
+
+
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now_s = [1000.0]
+    monkeypatch.setattr(diagnostics.time, "monotonic", lambda: now_s[0])
+    return now_s
+
+
+@pytest.mark.parametrize("rejected", [False, True])
+def test_images_that_nobody_answers_are_an_error(rejected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = clock(monkeypatch)
+    statistics = FrameStatistics()
+    for _ in range(130):
+        now_s[0] += 0.1
+        statistics.received()
+        if rejected:
+            statistics.rejected("the ignore mask is of another size")
+    status = statistics.status("node", "active", {}, missing="no map")
+    assert status.level == DiagnosticStatus.ERROR
+    assert "none was answered for 13 s" in status.message
+    assert status.message.endswith("another size" if rejected else "no map")
+    statistics.answered({"total": 5.0})
+    statistics.received()
+    # One bad frame among good ones is a warning as before.
+    assert statistics.status("node", "active", {}).level == (DiagnosticStatus.WARN if rejected else DiagnosticStatus.OK)
+
+
+def test_images_after_a_pause_get_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = clock(monkeypatch)
+    statistics = FrameStatistics()
+    statistics.received()
+    statistics.answered({"total": 5.0})
+    now_s[0] += 300.0
+    assert "no images arrive" in statistics.status("node", "active", {}).message
+    statistics.received()
+    assert statistics.status("node", "active", {}).level == DiagnosticStatus.OK

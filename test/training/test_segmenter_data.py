@@ -92,7 +92,9 @@ def test_coco_polygons_and_panoptic_segments(tmp_path: Path) -> None:
         cv2.imwrite(str(tmp_path / f"coco_panoptic/panoptic/{picture['id']}.png"), ids)
     entries = [{"image_id": k, "file_name": f"{k}.png", "segments_info": segments} for k in range(30)]
     categories = [{"id": 1, "isthing": 1}, {"id": 2, "isthing": 0}]
-    (tmp_path / "coco_panoptic/panoptic.json").write_text(json.dumps({"images": pictures, "annotations": entries, "categories": categories}))
+    (tmp_path / "coco_panoptic/panoptic.json").write_text(
+        json.dumps({"images": pictures, "annotations": entries, "categories": categories})
+    )
     items = load_objects(tmp_path, held_out=False) + load_objects(tmp_path, held_out=True)
     assert sorted(item.source for item in items) == ["coco"] * 30 + ["coco_panoptic"] * 30
     for item in items:

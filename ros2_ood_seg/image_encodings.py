@@ -6,6 +6,7 @@ The one decoder of the project: bags are read with it directly, and ``ros/images
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ros2_ood_seg.errors import InputError
 Buffer = Any
 """Anything with the buffer protocol: bytes, an array, the ``array.array`` of an rclpy message."""
 
+_PNG_PALETTE = 3
 _TAIL_BYTES = 65_536
 """Among so many last bytes of a file is its end marker, whatever a camera appends."""
 MAX_SIDE_PX = 16_384
@@ -250,6 +252,31 @@ def _is_cut(head: bytes, tail: bytes) -> bool:
     return any(head.startswith(magic) and end not in tail for magic, end in ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND")))
 
 
+def decode_numbers(data: Buffer, image_format: str = "") -> NDArray[Any]:
+    """An image file as the numbers it holds: those of a palette are its indices, not its colours.
+
+    Args:
+        data: The file's bytes.
+        image_format: As for :func:`decode_compressed`.
+
+    Returns:
+        (H, W) or (H, W, C), uint8 or uint16.
+
+    Raises:
+        InputError: As :func:`decode_compressed`, or grey of fewer than 8 bit, which would be spread over 0 to 255.
+    """
+    image = _decode_file(data, image_format, cv2.IMREAD_UNCHANGED)
+    head = bytes(memoryview(data)[:26])
+    if head.startswith(b"\x89PNG") and head[25] == _PNG_PALETTE:
+        # Comes with torchvision; OpenCV gives colours only.
+        from PIL import Image
+
+        return np.asarray(Image.open(io.BytesIO(data)))
+    if head.startswith(b"\x89PNG") and head[24] < 8:
+        raise InputError(f"a label image has {head[24]} bit a pixel, which are read spread over 0 to 255: save labels with 8 bit")
+    return image
+
+
 def decode_compressed_labels(data: Buffer, image_format: str = "") -> NDArray[np.int32]:
     """Decodes a losslessly compressed label image of 8 or 16 bit.
 
@@ -265,7 +292,7 @@ def decode_compressed_labels(data: Buffer, image_format: str = "") -> NDArray[np
     """
     if bytes(memoryview(data)[:2]) == b"\xff\xd8":
         raise InputError("a label image must be lossless (PNG), got JPEG")
-    image = _decode_file(data, image_format, cv2.IMREAD_UNCHANGED)
+    image = decode_numbers(data, image_format)
     if image.ndim != 2:
         raise InputError(f"a label image must have one channel, got {image.shape[2]}")
     return image.astype(np.int32)

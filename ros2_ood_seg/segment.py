@@ -247,7 +247,8 @@ def run(args: argparse.Namespace) -> int:
     if args.max_frames < 0:
         raise InputError(f"--max-frames is {args.max_frames}, it must be 1 or more, or 0 for all")
     for path in args.inputs:
-        if path.is_dir() and not is_bag(path) and path.resolve() == args.output.resolve():
+        folder = path if path.is_dir() else path.parent
+        if not is_bag(path) and folder.resolve() == args.output.resolve():
             raise InputError(f"--output '{args.output}' is the folder of the pictures: files beside them would be replaced; name another")
     overrides = parse_overrides(args.set)
     if args.weights_dir:

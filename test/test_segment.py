@@ -196,3 +196,11 @@ def test_results_do_not_go_where_the_pictures_are(work, capsys):
     assert segment(work, work / "out") == 2
     assert "is the folder of the pictures" in capsys.readouterr().err
     assert (picture.with_suffix(".json")).read_text() == "labels of mine"
+
+
+def test_results_do_not_go_beside_pictures_of_a_list(work, capsys):
+    picture = put(work, "a", "out")
+    (work / "out" / "a.json").write_text("labels of mine")
+    assert segment(work, picture) == 2
+    assert "is the folder of the pictures" in capsys.readouterr().err
+    assert (picture.with_suffix(".json")).read_text() == "labels of mine"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ros2_ood_seg.config import PipelineConfig
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.evaluation.bag_messages import COMPRESSED_IMAGE
 from ros2_ood_seg.evaluation.bags import BagReader
 from ros2_ood_seg.evaluation.clips import ClipFolder, Drive
 from ros2_ood_seg.evaluation.counts import counts_path
@@ -148,7 +149,7 @@ def find_bags(paths: Sequence[Path], output: Path, image_topic: str | None, labe
             topic = bag.image_topic(image_topic, besides=labels)
         if not topic.count:
             raise InputError(f"bag '{path}': topic '{topic.name}' holds no messages")
-        name = path.name if path.is_dir() else path.stem
+        name = path.resolve().name if path.is_dir() else path.stem
         while any(run.name == name for run in runs):
             name += "_"
         results = output.with_suffix(".mcap") if len(paths) == 1 else output.with_name(f"{output.stem}.{name}.mcap")
@@ -159,16 +160,20 @@ def find_bags(paths: Sequence[Path], output: Path, image_topic: str | None, labe
 
 
 def _is_recording(path: Path) -> bool:
-    """Whether a file is there that is no results bag: one that cannot be read, or holds more than one camera and what the node says."""
+    """Whether a file is there that is no results bag: one that cannot be read, or holds more than one camera and what the node says.
+
+    One without any message is what an evaluation leaves that was stopped before its first answer.
+    """
     if not path.exists():
         return False
     try:
         with BagReader(path) as bag:
-            names = {topic.name for topic in bag.topics}
+            topics = [topic for topic in bag.topics if topic.count]
     except InputError:
         return True
-    others = [name for name in names if not name.startswith(f"{NODE}/")]
-    return INSTANCES_TOPIC not in names or len(others) > 1 or not all(name.endswith("/compressed") for name in others)
+    others = [topic for topic in topics if not topic.name.startswith(f"{NODE}/")]
+    is_results = any(topic.name == INSTANCES_TOPIC for topic in topics) and len(others) <= 1
+    return bool(topics) and not (is_results and all(topic.msgtype == COMPRESSED_IMAGE for topic in others))
 
 
 @dataclass(frozen=True)
@@ -212,9 +217,10 @@ class BagJob:
 
     def fingerprint(self) -> dict[str, Any]:
         """What finished recordings depend on beside the pipeline's settings, code and weights; plain data."""
+        results = {run.results.resolve() for run in self.runs}
         how = (self.external, self.most, self.clips, self.all_topics, self.pictures, self.replayed)
         return {
-            "recordings": [[run.name, run.topic, *run.label_topics, *_file_stamps(run.path)] for run in self.runs],
+            "recordings": [[run.name, run.topic, *run.label_topics, *_file_stamps(run.path, results)] for run in self.runs],
             "how": [str(value) for value in how],
             "rule": vars(self.rule),
         }
@@ -274,6 +280,7 @@ class BagEvaluation:
                 done = [self.finished(run) for run in job.runs]
                 self._indexed = [clip for run in done if run is not None for clip in run.clips]
                 self._clips = ClipFolder(job.clips, self._indexed)
+        self._names: set[str] = set()
         self._warm = False
         # On a CPU the work beside the pipeline would slow it down and so spoil its times.
         self._overlap = self.pipeline.runtime.device.type != "cpu"
@@ -367,6 +374,9 @@ class BagEvaluation:
         if answer.result is None or not answer.labels:
             return
         name = f"{run.name}_{answer.image.stamp_ns}" if len(self.job.runs) > 1 else str(answer.image.stamp_ns)
+        if name in self._names:
+            run.unlabelled(f"label of {run.name} at {answer.image.stamp_ns}: the stamp occurs twice")
+            return
         try:
             frame = labelled_image(name, answer.rgb, *(label.labels() for label in answer.labels))
         except InputError as error:
@@ -374,6 +384,7 @@ class BagEvaluation:
             return
         self._evaluation.add_result(frame, answer.result)
         run.measured.append(name)
+        self._names.add(name)
 
     def report(self, runs: Sequence[BagRun], dataset: str, instance_rule: str = COMPONENT_RULE) -> dict[str, Any]:
         """Writes ``report.json`` and ``report.html``.
@@ -429,7 +440,9 @@ def _until_broken(answers: Iterator[Answer], run: BagRun) -> Iterator[Answer]:
         run.broken = True
 
 
-def _file_stamps(path: Path) -> list[str]:
-    """Files of a recording by size and time, to notice a change between two runs."""
-    files = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
+def _file_stamps(path: Path, results: Collection[Path]) -> list[str]:
+    """Files of a recording by size and time, to notice a change between two runs; ``results`` may lie among them."""
+    # Not what an evaluation writes into the folder.
+    parts = (item for pattern in ("metadata.yaml", "*.mcap*", "*.db3*") for item in path.glob(pattern) if item.is_file())
+    files = [path] if path.is_file() else sorted(item for item in parts if item.resolve() not in results)
     return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]

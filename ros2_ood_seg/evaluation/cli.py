@@ -23,7 +23,7 @@ from ros2_ood_seg.evaluation.report_page import report_html
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the commands."""
     parser = subparsers.add_parser("evaluate", help="measure a profile on a data set or a labelled bag")
-    parser.add_argument("--dataset", choices=tuple(LAYOUTS), default="folder", help="layout of the data set")
+    parser.add_argument("--dataset", choices=tuple(LAYOUTS), help="layout of the data set (default: folder)")
     parser.add_argument("--root", help="folder of the data set")
     parser.add_argument("--profile", default="compact", help="name of a bundled profile or path of a YAML file")
     parser.add_argument("--output", type=Path, required=True, help="report.json to write; report.html appears beside it")
@@ -61,17 +61,29 @@ def run_evaluate(args: argparse.Namespace) -> int:
         raise InputError(f"--workers is {args.workers}, it must be 1 or more, or 0 for this process")
     if args.ray and not args.workers:
         raise InputError("--ray goes with --workers")
+    if args.bag and args.dataset:
+        raise InputError("--dataset is of data sets, --bag names recordings: leave one out")
+    if args.root:
+        evaluate_bag.check_unused(args)
     output = checked_output(args.output)
-    # Images are not a sequence; tracks would carry over from one to the next.
-    overrides = {"tracking.enabled": bool(args.bag)} | parse_overrides(args.set)
+    overrides = parse_overrides(args.set)
     if args.weights_dir:
         overrides["runtime.weights_dir"] = args.weights_dir
     config = load_profile(args.profile, overrides)
+    if args.root:
+        # Images are not a sequence; tracks would carry over from one to the next.
+        config = _with_tracking(config, "tracking.enabled" in overrides and config.tracking.enabled)
+    elif "enabled" not in config.tracking.model_fields_set:
+        config = _with_tracking(config, True)
     evaluate = _evaluate_bag if args.bag else _evaluate_dataset
     report = evaluate(args, config, output)
     print(summary(report))
     print(f"report: {output}")
     return 0
+
+
+def _with_tracking(config: PipelineConfig, enabled: bool) -> PipelineConfig:
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"enabled": enabled})})
 
 
 def _write(evaluation: Evaluation, output: Path, dataset: str, instance_rule: str) -> dict[str, Any]:
@@ -84,7 +96,7 @@ def _write(evaluation: Evaluation, output: Path, dataset: str, instance_rule: st
 
 
 def _evaluate_dataset(args: argparse.Namespace, config: PipelineConfig, output: Path) -> dict[str, Any]:
-    dataset = open_dataset(args.dataset, args.root)
+    dataset = open_dataset(args.dataset or "folder", args.root)
     if args.max_images:
         dataset = dataset.head(args.max_images)
     minimum = component.TRACKS[dataset.track if args.track == "auto" else args.track]

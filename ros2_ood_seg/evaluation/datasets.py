@@ -5,6 +5,8 @@ A layout only says which files belong together and what their label values mean;
 
 from __future__ import annotations
 
+import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.image_encodings import read_rgb
+from ros2_ood_seg.image_encodings import decode_numbers, read_rgb
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 IDENTITY: Mapping[int, int] = {0: 0, 1: 1, 255: 255}
@@ -43,7 +45,7 @@ class LabelledImage:
 def labelled_image(
     name: str, image: NDArray[np.uint8], label: NDArray[np.integer[Any]], instances: NDArray[np.integer[Any]] | None = None
 ) -> LabelledImage:
-    """A frame whose label map comes as whole numbers of any type, checked.
+    """A frame whose label map comes as whole numbers of any type, checked; instance ids below 1 are none.
 
     Raises:
         InputError: Sizes that differ or a label other than 0, 1 and 255.
@@ -54,7 +56,7 @@ def labelled_image(
     unknown = label[~np.isin(label, list(IDENTITY))]
     if unknown.size:
         raise InputError(f"frame '{name}' holds the label value {int(unknown[0])}; allowed are {_listed(IDENTITY)}")
-    return LabelledImage(name, image, label.astype(np.uint8), None if instances is None else instances.astype(np.int32))
+    return LabelledImage(name, image, label.astype(np.uint8), None if instances is None else np.maximum(instances, 0).astype(np.int32))
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class DataSet:
             raise InputError(f"'{source.label}' is {_hw(label)}, its image '{source.image}' is {_hw(image)}; they must be equal")
         instances = None
         if source.instances is not None:
-            instances = _read(source.instances, cv2.IMREAD_UNCHANGED).astype(np.int32)
+            instances = _read(source.instances).astype(np.int32)
             if instances.shape != label.shape:
                 raise InputError(
                     f"'{source.instances}' is {'x'.join(map(str, instances.shape))}, its label map is {_hw(label)}; they must be equal"
@@ -126,11 +128,13 @@ def _hw(array: NDArray[Any]) -> str:
     return f"{array.shape[0]}x{array.shape[1]}"
 
 
-def _read(path: Path, flags: int) -> NDArray[np.uint8]:
-    image = cv2.imread(str(path), flags)
-    if image is None:
-        raise InputError(f"'{path}' cannot be read as an image")
-    return image  # type: ignore[no-any-return]
+def _read(path: Path) -> NDArray[Any]:
+    try:
+        return decode_numbers(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read: {error.strerror}") from error
+    except InputError as error:
+        raise InputError(f"'{path}' cannot be read as labels: {error}") from error
 
 
 def read_labels(path: Path, values: Mapping[int, int] = IDENTITY) -> NDArray[np.uint8]:
@@ -143,11 +147,7 @@ def read_labels(path: Path, values: Mapping[int, int] = IDENTITY) -> NDArray[np.
     Raises:
         InputError: Unreadable, coloured, or a value that is not in ``values``.
     """
-    raw = _read(path, cv2.IMREAD_UNCHANGED)
-    with path.open("rb") as file:
-        head = file.read(26)
-    if head.startswith(b"\x89PNG") and head[24] < 8 and not head[25]:
-        raise InputError(f"'{path}' has {head[24]} bit a pixel, which are read spread over 0 to 255: save labels with 8 bit")
+    raw = _read(path)
     if raw.ndim == 3:
         if not all(np.array_equal(raw[..., 0], raw[..., c]) for c in range(1, min(raw.shape[2], 3))):
             raise InputError(f"'{path}' is a colour image; labels are single-channel with values {_listed(values)}")
@@ -164,7 +164,7 @@ def read_labels(path: Path, values: Mapping[int, int] = IDENTITY) -> NDArray[np.
 
 def read_cityscapes_ids(path: Path) -> NDArray[np.uint8]:
     """Cityscapes instance ids as (H, W) uint8: numbered instances are anomalies, classes that are void there are ignored."""
-    ids = _read(path, cv2.IMREAD_UNCHANGED)
+    ids = _read(path)
     label = np.where(np.isin(ids, CITYSCAPES_VOID), np.uint8(255), np.uint8(0))
     label[ids >= 1000] = 1
     return label
@@ -178,13 +178,15 @@ def read_map(path: Path) -> NDArray[np.float32]:
     """
     try:
         scores = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"score map '{path}' cannot be read: {error}") from error
     if not isinstance(scores, np.ndarray) or scores.ndim != 2 or scores.dtype.kind not in "fiu":
         raise InputError(f"score map '{path}' must be a two-dimensional array of numbers")
+    with np.errstate(over="ignore"):
+        scores = scores.astype(np.float32)
     if not np.isfinite(scores).all():
-        raise InputError(f"score map '{path}' holds {np.count_nonzero(~np.isfinite(scores))} scores that are NaN or infinite")
-    return scores.astype(np.float32)
+        raise InputError(f"score map '{path}' holds {np.count_nonzero(~np.isfinite(scores))} scores that are NaN or infinite in float32")
+    return scores
 
 
 def _wide(raw: NDArray[np.uint8], table: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -207,7 +209,7 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise InputError(f"'{folder}' is not a folder")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
     if not found:
         raise InputError(f"'{folder}' holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return found
@@ -237,7 +239,8 @@ def _folder(root: Path) -> DataSet:
     orphans = sorted(path for path in list_images(root / "labels") if path.stem not in stems)
     if orphans:
         raise InputError(f"label file '{orphans[0]}' has no image in '{root / 'images'}'")
-    with_instances = (root / "instances").is_dir()
+    # Not the folder of predictions that --save makes.
+    with_instances = any((root / "instances").glob("*.png"))
     sources = _paired(
         images, lambda stem: root / "labels" / f"{stem}.png", (lambda stem: root / "instances" / f"{stem}.png") if with_instances else None
     )
@@ -262,6 +265,19 @@ def _smiyc(name: str, track: str, prefix: str) -> Callable[[Path], DataSet]:
     return find
 
 
+def files_below(root: Path) -> list[Path]:
+    """All files below a folder, sorted, also through links to folders; those that begin with a dot are of the system."""
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
 def files_ending(root: Path, end: str, *, by_folder: bool = False) -> dict[str, Path]:
     """Files below a folder whose names end so, by what comes before.
 
@@ -274,7 +290,9 @@ def files_ending(root: Path, end: str, *, by_folder: bool = False) -> dict[str, 
         InputError: Two files of one name.
     """
     found: dict[str, Path] = {}
-    for path in sorted(root.rglob(f"*{end}")):
+    for path in files_below(root):
+        if not path.name.endswith(end):
+            continue
         name = ("_".join(path.relative_to(root).parts) if by_folder else path.name)[: -len(end)]
         if name in found:
             raise InputError(f"'{found[name]}' and '{path}' have the same name; results are named by it")
@@ -349,9 +367,16 @@ def _oodis(root: Path) -> DataSet:
     if not labels:
         raise InputError(f"'{root}' holds no *_instanceIds.png: OoDIS keeps the labels of its test sets hidden")
     images: dict[str, Path] = {}
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.endswith("Ids.png"):
-            images[path.stem.removesuffix("_leftImg8bit")] = path
+    for path in files_below(root):
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.endswith(("Ids.png", "_labels.png", "_color.png")):
+            continue
+        # Label maps of the same names may lie beside the images.
+        if any(part.startswith(("labels", "gt")) for part in path.relative_to(root).parts[:-1]):
+            continue
+        stem = path.stem.removesuffix("_leftImg8bit")
+        if stem in images:
+            raise InputError(f"'{images[stem]}' and '{path}' have the same name; results are named by it")
+        images[stem] = path
     found = {fid: (images.get(fid.removesuffix("_gtCoarse")), label) for fid, label in labels.items()}
     sources = tuple(replace(source, instances=source.label) for source in _required(found, root))
     return DataSet("oodis", root, sources, track="obstacle", instance_rule="instance ids", least_id=1000, cityscapes_ids=True)

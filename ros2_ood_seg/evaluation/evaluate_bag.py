@@ -56,6 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--clip-all-topics", action="store_true", help="clips hold every topic, not only camera, labels and results")
 
 
+def check_unused(args: argparse.Namespace) -> None:
+    """Looks for arguments that mean nothing without recordings.
+
+    Raises:
+        InputError: One is given.
+    """
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        if getattr(args, name) != default:
+            raise InputError(f"--{name.replace('_', '-')} is of recordings (--bag), --root names a data set: leave one out")
+
+
 def evaluate_bags(args: argparse.Namespace, config: PipelineConfig, output: Path, options: Options) -> dict[str, Any]:
     """Evaluates the recordings of the command line and writes the report.
 
@@ -68,6 +81,8 @@ def evaluate_bags(args: argparse.Namespace, config: PipelineConfig, output: Path
     Raises:
         InputError: An argument or a recording that cannot be used; of a recording that breaks off, the report has what came before.
     """
+    if args.save and not args.label_topic:
+        raise InputError("--save writes what was measured: name --label-topic; the results bag has all frames")
     if args.instance_topic and not args.label_topic:
         raise InputError("--instance-topic needs --label-topic")
     labels = [topic for topic in (args.label_topic, args.instance_topic) if topic]
@@ -101,7 +116,7 @@ def evaluate_bags(args: argparse.Namespace, config: PipelineConfig, output: Path
             with replay(run.path, run.topic, config, folder, rate=args.realtime, maps=bool(labels), most=args.max_images) as recording:
                 evaluation.add(run, evaluation.replayed(run, recording, args.stale_after))
     done = [evaluation.finished(run) or run for run in job.runs]
-    dataset = done[0].path.name if len(done) == 1 else f"{len(done)} recordings"
+    dataset = done[0].path.resolve().name if len(done) == 1 else f"{len(done)} recordings"
     report = evaluation.report(done, dataset, f"topic {args.instance_topic}" if args.instance_topic else COMPONENT_RULE)
     _explain(done, bool(labels))
     return report

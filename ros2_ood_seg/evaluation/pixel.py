@@ -270,7 +270,8 @@ def _merged(parts: Iterable[ScoreCounts]) -> tuple[NDArray[np.float32], NDArray[
     waiting: list[tuple[NDArray[np.float32], NDArray[Any]]] = []
     size = 0
     for part in parts:
-        waiting.append(part.distinct())
+        # Copies: views of files would keep two descriptors open for every frame.
+        waiting.append(tuple(np.array(array) for array in part.distinct()))  # type: ignore[arg-type]
         size += waiting[-1][0].size
         # As much again as there is: each score is moved a few times in all, and equal scores do not pile up.
         if size > max(MERGE_AT, values.size):

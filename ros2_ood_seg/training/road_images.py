@@ -159,7 +159,8 @@ def list_images(folder: Path, *, recursive: bool = False) -> list[Path]:
     """
     if not folder.is_dir():
         raise InputError(f"folder '{folder}' does not exist")
-    paths = sorted(p for p in folder.glob("**/*" if recursive else "*") if p.suffix.lower() in _IMAGE_SUFFIXES)
+    found = folder.glob("**/*" if recursive else "*")
+    paths = sorted(path for path in found if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith("."))
     if not paths:
         raise InputError(f"folder '{folder}' holds no pictures ({', '.join(_IMAGE_SUFFIXES)})")
     return paths

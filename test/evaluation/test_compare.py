@@ -96,6 +96,10 @@ def test_intervals_cover_a_clear_gain_and_not_zero() -> None:
 def test_other_images_are_refused() -> None:
     with pytest.raises(InputError, match="different images"):
         bootstrap(counts(), counts(5))
+    other = counts()
+    numbered_alike = dataclasses.replace(other, masks=other.masks + 1)
+    with pytest.raises(InputError, match="different images"):
+        bootstrap(other, numbered_alike)
 
 
 def save(found: ImageCounts, path: Path) -> None:

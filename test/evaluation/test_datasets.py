@@ -7,9 +7,11 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.datasets import LAYOUTS, labelled_image, open_dataset, read_map
+from ros2_ood_seg.image_encodings import decode_compressed_labels
 
 LABEL = np.array([[0, 1, 1, 255], [0, 0, 0, 255], [1, 0, 0, 255]], np.uint8)
 
@@ -267,5 +269,65 @@ def test_pictures_that_are_cut_short_are_refused(tmp_path: Path) -> None:
 def test_labels_of_one_bit_are_refused(tmp_path: Path) -> None:
     plain(tmp_path)
     assert cv2.imwrite(str(tmp_path / "labels" / "b.png"), LABEL, [cv2.IMWRITE_PNG_BILEVEL, 1])
-    with pytest.raises(InputError, match=r"b\.png' has 1 bit a pixel"):
+    with pytest.raises(InputError, match=r"b\.png'.* 1 bit a pixel"):
         list(open_dataset("folder", tmp_path))
+
+
+@pytest.mark.parametrize("colours", [[0, 0, 0, 255, 255, 255], [0, 0, 0, 200, 30, 30]])
+def test_labels_with_a_palette_are_its_numbers(tmp_path: Path, colours: list[int]) -> None:
+    plain(tmp_path)
+    with_palette = Image.fromarray(LABEL)
+    with_palette.putpalette(colours + [9] * (768 - len(colours)))
+    with_palette.save(tmp_path / "labels" / "b.png")
+    dataset = open_dataset("folder", tmp_path)
+    np.testing.assert_array_equal(dataset.load(dataset.sources[1]).label, LABEL)
+    np.testing.assert_array_equal(decode_compressed_labels((tmp_path / "labels" / "b.png").read_bytes()), LABEL)
+
+
+def test_folders_may_be_links_and_system_files_are_left_out(tmp_path: Path) -> None:
+    plain(tmp_path / "set")
+    (tmp_path / "set" / "images" / "._a.png").write_bytes(b"no picture")
+    assert len(open_dataset("folder", tmp_path / "set")) == len(list((tmp_path / "set" / "labels").iterdir()))
+    real = tmp_path / "disk" / "streets"
+    put(real / "0000_00_Street_000001_000010_leftImg8bit.png", image(0))
+    root = tmp_path / "fishyscapes"
+    put(root / "labels" / "0000_0000_00_Street_000001_000010_labels.png", LABEL)
+    (root / "leftImg8bit").symlink_to(real)
+    # A link back to where it is would be followed for ever.
+    (real / "again").symlink_to(root)
+    assert len(open_dataset("fishyscapes_laf", root)) == 1
+
+
+def test_predictions_beside_the_images_are_no_instances(tmp_path: Path) -> None:
+    plain(tmp_path)
+    (tmp_path / "instances").mkdir()
+    (tmp_path / "instances" / "a.json").write_text("{}")
+    assert open_dataset("folder", tmp_path).sources[0].instances is None
+
+
+def test_oodis_takes_images_and_no_label_maps(tmp_path: Path) -> None:
+    put(tmp_path / "instances" / "0_instanceIds.png", LABEL)
+    put(tmp_path / "labels" / "0.png", LABEL)
+    put(tmp_path / "images" / "0.png", image(0))
+    (source,) = open_dataset("oodis", tmp_path).sources
+    assert source.image.parent.name == "images"
+    put(tmp_path / "more" / "0.png", image(0))
+    with pytest.raises(InputError, match="the same name"):
+        open_dataset("oodis", tmp_path)
+
+
+def test_negative_instance_ids_are_none() -> None:
+    ids = np.array([[-1, 0], [3, -7]])
+    found = labelled_image("a", image(0, (2, 2, 3)), np.zeros((2, 2), np.uint8), ids).instances
+    assert found is not None
+    assert found.tolist() == [[0, 0], [3, 0]]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04"])
+def test_broken_score_maps_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.npy' cannot be read"):
+        read_map(tmp_path / "a.npy")
+    np.save(tmp_path / "b.npy", np.full((2, 2), 1e300))
+    with pytest.raises(InputError, match="4 scores that are NaN or infinite"):
+        read_map(tmp_path / "b.npy")

@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 
 from ros2_ood_seg.cli import main
+from ros2_ood_seg.config import PipelineConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import evaluate_bag
-from ros2_ood_seg.evaluation.bag_evaluation import BagJob, BagRun
+from ros2_ood_seg.evaluation.bag_evaluation import BagJob, BagRun, find_bags
 from ros2_ood_seg.evaluation.bag_messages import instances_from_message, make_header, typestore
 from ros2_ood_seg.evaluation.bag_writer import BagWriter
 from ros2_ood_seg.evaluation.bags import BagReader
+from ros2_ood_seg.evaluation.evaluate import Options
 from ros2_ood_seg.evaluation.results_bag import ResultsBag
 from ros2_ood_seg.pipeline import Pipeline
 
@@ -416,3 +418,66 @@ def test_a_recording_that_cannot_be_read_is_not_replaced(tmp_path, capsys):
     evaluate(tmp_path, "--bag", tmp_path / "drive", "--image-topic", "/front/image", code=2)
     assert "would replace a recording" in capsys.readouterr().err
     assert (tmp_path / "out/report.mcap").read_bytes() == b"half a recording"
+
+
+def test_results_of_a_camera_of_any_name_and_of_nothing_are_replaced(tmp_path):
+    with BagWriter(tmp_path / "drive") as bag:
+        for k in range(3):
+            image, _, scores = scene(k, True)
+            bag.write_jpeg("/front/jpeg", image, stamp(k), "front")
+            (tmp_path / "maps").mkdir(exist_ok=True)
+            np.save(tmp_path / "maps" / f"{stamp(k)}.npy", scores)
+    arguments = ("--bag", tmp_path / "drive", "--image-topic", "/front/jpeg")
+    # No score map has the name of a frame: nothing is answered, and what is left behind is no recording.
+    evaluate(tmp_path, *arguments, "--external", tmp_path, code=2)
+    evaluate(tmp_path, *arguments)
+    assert evaluate(tmp_path, *arguments)["drive"]["frames"] == 3
+
+
+def test_frames_recorded_twice_are_measured_once(tmp_path, capsys):
+    with BagWriter(tmp_path / "drive") as bag:
+        for _ in range(2):
+            write_frames(bag, tmp_path / "maps", range(4), range(4), every_label=1)
+    report = evaluate(tmp_path, "--bag", tmp_path / "drive", "--image-topic", "/front/image", "--label-topic", "/front/label")
+    assert (report["images"], report["drive"]["bags"][0]["frames"]) == (4, 8)
+    assert "the stamp occurs twice" in capsys.readouterr().err
+
+
+def test_a_report_may_lie_in_the_folder_of_the_recording(tmp_path, monkeypatch):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(8))
+    monkeypatch.chdir(tmp_path / "drive")
+    words = ["evaluate", "--bag", ".", "--image-topic", "/front/image", "--external", str(tmp_path / "maps"), *SETTINGS]
+    assert main([*words, "--output", "report.json"]) == 0
+    (run,) = find_bags([Path(".")], Path("report.json"), "/front/image", [])
+    assert run.name == "drive"
+    before = BagJob(PipelineConfig(), Path("report.json"), Options(), (run,)).fingerprint()
+    assert main([*words, "--output", "report.json"]) == 0
+    assert BagJob(PipelineConfig(), Path("report.json"), Options(), (run,)).fingerprint() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--root", "set", "--clips", "clips"], "--clips is of recordings"),
+        (["--root", "set", "--realtime"], "--realtime is of recordings"),
+        (["--bag", "drive", "--dataset", "folder"], "--dataset is of data sets"),
+        (["--bag", "drive", "--save", "maps"], "name --label-topic"),
+    ],
+)
+def test_arguments_that_would_do_nothing_are_refused(tmp_path, capsys, arguments, message):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(8))
+    words = [str(tmp_path / word) if word in ("set", "drive", "clips", "maps") else word for word in arguments]
+    assert main(["evaluate", *words, "--output", str(tmp_path / "report.json"), *SETTINGS]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "tracks"), [("", True), ("tracking: {enabled: false}\n", False)])
+def test_a_profile_decides_about_tracks_of_recordings(tmp_path, given, tracks):
+    (tmp_path / "own.yaml").write_text(f"{given}extends: compact_s2m\n")
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(3), range(3))
+    words = [word for word in SETTINGS if not str(word).startswith("tracking")]
+    report = evaluate(tmp_path, "--bag", tmp_path / "drive", "--image-topic", "/front/image", "--profile", tmp_path / "own.yaml", *words)
+    assert ("track" in report["timings_ms"]) == tracks

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -176,3 +177,23 @@ def test_a_thinned_curve_keeps_the_ends() -> None:
     assert thin.thresholds.size <= 50
     assert thin.positives == curve.positives
     assert thin.ap() == pytest.approx(curve.ap(), abs=0.03)
+
+
+def test_pooling_many_files_needs_few_descriptors(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+
+    def frames() -> Iterator[ScoreCounts]:
+        for k in range(150):
+            paths = [tmp_path / f"{k}_{what}.npy" for what in ("values", "counts")]
+            np.save(paths[0], np.array([0.1, 0.9], np.float32))
+            np.save(paths[1], np.array([3, 5]))
+            yield ScoreCounts(*(np.load(path, mmap_mode="r") for path in paths))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 60, hard))
+    try:
+        curve = pool(frames(), [ScoreCounts.from_values(np.array([0.1, 0.2], np.float32))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert curve.true_positives.tolist() == [750, 1200]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import re
 import runpy
@@ -104,3 +105,18 @@ def test_the_settings_document_is_what_the_code_says() -> None:
 def test_processes_that_the_command_starts_can_import_its_script() -> None:
     names = runpy.run_path(str(ROOT / "scripts" / "ood-seg"), run_name="__mp_main__")
     assert callable(names["main"])
+
+
+def test_every_module_is_held_to_the_layering() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    named = set(contracts[0]["source_modules"])
+    package = ROOT / "ros2_ood_seg"
+    modules = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
+    assert {f"ros2_ood_seg.{name}" for name in modules - {"__init__", "ros"}} == named
+
+
+def test_tools_with_an_interpreter_can_be_run() -> None:
+    for path in [*(ROOT / "tools").iterdir(), *(ROOT / "scripts").iterdir()]:
+        if path.is_file() and path.read_bytes().startswith(b"#!"):
+            assert os.access(path, os.X_OK), path

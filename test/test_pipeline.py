@@ -202,6 +202,10 @@ def test_bundled_profiles_run_and_find_a_pasted_object() -> None:
         result = pipeline.run(image)
         assert result.profile == name
         assert bool(torch.isfinite(result.refined).all())
+        for x, y, w, h in BLOBS:
+            shares = result.instances.masks[:, y : y + h, x : x + w].float().mean(dim=(1, 2))
+            assert shares.numel() > 0
+            assert float(shares.max()) > 0.6, f"{name} finds the object at {x}, {y}"
 
 
 @pytest.mark.gpu

@@ -181,4 +181,4 @@ def _import_ray() -> ModuleType:
     try:
         return importlib.import_module("ray")
     except ImportError as error:
-        raise InputError("--workers needs Ray: pip install ros2_ood_seg[ray]") from error
+        raise InputError("--workers needs Ray: pip install 'ray>=2.9'") from error

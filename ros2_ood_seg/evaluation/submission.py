@@ -105,7 +105,7 @@ def write_smiyc(file: Path, scores: NDArray[np.float32]) -> None:
     try:
         import h5py
     except ImportError as error:
-        raise InputError("submissions to SegmentMeIfYouCan need h5py: pip install ros2_ood_seg[extra]") from error
+        raise InputError("submissions to SegmentMeIfYouCan need h5py: pip install h5py") from error
     extreme = float(scores.flat[np.argmax(np.abs(scores))])
     if not abs(extreme) <= LARGEST_HALF:
         raise InputError(

@@ -34,7 +34,7 @@ def load_folder(folder: Path, model_class: str, scorer: str, runtime: Runtime) -
         transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise InputError(
-            f"scorer '{scorer}' needs the Python package 'transformers' for the folder '{folder}': install it, or ros2_ood_seg[extra]"
+            f"scorer '{scorer}' needs the Python package 'transformers' for the folder '{folder}': pip install transformers"
         ) from error
     try:
         model, report = getattr(transformers, model_class).from_pretrained(

@@ -23,7 +23,7 @@ from ros2_ood_seg.training.processes import joined_processes, own_device
 from ros2_ood_seg.training.prompt_generator import PRESETS, PreparedTraining, PromptTraining, contact_sheet
 from ros2_ood_seg.training.score_maps import ScoreMaps, check_recipe, score_sample, write_score_maps
 from ros2_ood_seg.training.scorer import ScorerData, data_stamp
-from ros2_ood_seg.training.setting_flags import add_paste_settings, add_setting, changed_paste
+from ros2_ood_seg.training.setting_flags import add_paste_settings, add_setting, changed_paste, descriptions
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"objects in the COCO layout, {content}")
     parser.add_argument("--objects", type=Path, nargs="*", default=[], metavar="DIR", help="objects: folders with images/ and masks/")
     for name, kind in (("count", int), ("width", int), ("negatives", float), ("unseen", float), ("scenes", float)):
-        parser.add_argument(f"--map-{name}", type=kind, help=f"score maps: {name} (s2m: {getattr(MAP_PRESETS['s2m'], name)})")
-    add_paste_settings(parser, MAP_PRESETS["s2m"].paste, "pasting (s2m: %s)")
+        s2m, compact = (getattr(MAP_PRESETS[preset], name) for preset in ("s2m", "compact"))
+        text = f"score maps: {descriptions(MapRecipe)[name]} (s2m: {s2m}, compact: {compact})"
+        parser.add_argument(f"--map-{name}", type=kind, help=text)
+    add_paste_settings(parser, MAP_PRESETS["s2m"].paste, "s2m: %s")
+    known = descriptions(PromptTraining)
     for field in fields(PromptTraining):
         if field.name != "network":
-            add_setting(parser, field.name, getattr(PRESETS["s2m"], field.name), "recipe (s2m: %s)")
+            compact = str(getattr(PRESETS["compact"], field.name)).replace("%", "%%")
+            text = f"{known[field.name]} (s2m: %s, compact: {compact})"
+            add_setting(parser, field.name, getattr(PRESETS["s2m"], field.name), text)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 leaves torch's choice")
     parser.set_defaults(run=run)

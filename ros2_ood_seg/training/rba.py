@@ -167,7 +167,7 @@ def segmentation_loss(classes: int, points: int) -> SegmentationLoss:
         config = importlib.import_module("transformers").Mask2FormerConfig(num_labels=classes, train_num_points=points)
     except ImportError as error:
         raise InputError(
-            "training with a segmentation loss needs the Python package 'transformers': install it, or ros2_ood_seg[extra], "
+            "training with a segmentation loss needs the Python package 'transformers': pip install transformers, "
             "or set --segmentation-weight 0"
         ) from error
     weights = {"loss_cross_entropy": config.class_weight, "loss_mask": config.mask_weight, "loss_dice": config.dice_weight}

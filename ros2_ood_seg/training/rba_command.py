@@ -9,9 +9,10 @@ from pathlib import Path
 from ros2_ood_seg.config import RuntimeConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.runtime import Runtime
-from ros2_ood_seg.training.rba import LAYERS, PRESETS, train_rba
+from ros2_ood_seg.training.rba import LAYERS, PRESETS, RbaTraining, train_rba
 from ros2_ood_seg.training.scorer import ScorerData
 from ros2_ood_seg.training.scorer_command import calibrate_published, check_input_width
+from ros2_ood_seg.training.setting_flags import descriptions
 
 _OF_RECIPE = (
     *("iterations", "batch_size", "learning_rate", "clip_norm", "outlier_share", "inlier_max", "outlier_min", "outlier_weight"),
@@ -49,9 +50,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar=("LOW", "HIGH"),
         help="range of the objects' longest side, px, instead of their own size",
     )
+    known = descriptions(RbaTraining)
     for name in _OF_RECIPE:
         default = getattr(PRESETS["ugains"], name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help=f"(ugains: {default})")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help=f"{known[name]} (ugains: {default})")
     parser.add_argument("--bfloat16", action="store_true", help="autocast of the backbone")
     parser.add_argument("--input-width", type=int, default=2048, help="scorer.input_width that is calibrated for (%(default)s)")
     parser.add_argument(

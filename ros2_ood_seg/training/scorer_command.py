@@ -25,7 +25,7 @@ from ros2_ood_seg.training.calibrate import calibrate, calibrate_compact
 from ros2_ood_seg.training.outlier_exposure import OutlierExposure, PasteSettings, contact_sheet
 from ros2_ood_seg.training.published import METHODS, PublishedTraining, train_published
 from ros2_ood_seg.training.scorer import ScorerData, ScorerTraining, train_scorer
-from ros2_ood_seg.training.setting_flags import add_paste_settings, changed_paste
+from ros2_ood_seg.training.setting_flags import add_paste_settings, changed_paste, descriptions
 from ros2_ood_seg.types import Calibration
 from ros2_ood_seg.weights.store import load_weights, save_weights
 
@@ -69,10 +69,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--preview", action="store_true", help="only write preview.png with training samples")
     parser.add_argument("--published-pasting", action="store_true", help="all objects of a picture pasted as one, 700x700 crops, as S2M")
     parser.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="size of the training crops; multiples of 32 for compact")
-    add_paste_settings(parser, PasteSettings(), "pasting (%s)", but=("crop_hw",))
-    compact, common = ScorerTraining(), "(default: the method's, see docs/training.md)"
+    add_paste_settings(parser, PasteSettings(), "%s", but=("crop_hw",))
+    compact, common, known = ScorerTraining(), "(default: the method's, see docs/training.md)", descriptions(ScorerTraining)
     for name in _COMMON:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(getattr(compact, name)), help=common)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(getattr(compact, name)), help=f"{known[name]} {common}")
     parser.add_argument("--encoder", choices=ENCODERS, help=f"compact: features to build on (default: {compact.encoder})")
     parser.add_argument(
         "--frozen-blocks", type=int, help=f"compact: feature blocks that stay as they are (default: {compact.frozen_blocks})"

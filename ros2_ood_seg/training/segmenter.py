@@ -42,6 +42,7 @@ from ros2_ood_seg.training.segmenter_data import (
     random_point,
     rescale,
 )
+from ros2_ood_seg.training.setting_flags import descriptions
 from ros2_ood_seg.types import Prompts
 from ros2_ood_seg.weights import WeightFile, load_weights, save_weights
 from ros2_ood_seg.weights.store import load_into
@@ -326,11 +327,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--init", type=Path, help="mobilenet_v2 features or an earlier segmenter to start from")
     add_averaging(parser, "segmenter")
     parser.add_argument("--validate-on", type=int, default=120, help="held-out objects measured at every checkpoint (%(default)s)")
+    known = descriptions(SegmenterTraining)
     for field in fields(SegmenterTraining):
         if field.name not in ("crop_sizes", "bfloat16"):
             default = getattr(defaults, field.name)
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(default), default=default, help="recipe (%(default)s)")
-    parser.add_argument("--crop-sizes", type=int, nargs="+", default=list(defaults.crop_sizes), help="recipe (%(default)s)")
+            parser.add_argument(
+                f"--{field.name.replace('_', '-')}", type=type(default), default=default, help=f"{known[field.name]} (%(default)s)"
+            )
+    parser.add_argument("--crop-sizes", type=int, nargs="+", default=list(defaults.crop_sizes), help=f"{known['crop_sizes']} (%(default)s)")
     parser.add_argument("--bfloat16", action="store_true", help="autocast the forward pass; slower on CPUs without AMX")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 leaves torch's choice")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import re
 from collections.abc import Collection
 from dataclasses import fields, replace
 from typing import Any
@@ -10,6 +12,24 @@ from typing import Any
 from ros2_ood_seg.training.outlier_exposure import PasteSettings
 
 _ANY_NUMBER = ("steps", "paste_object_scales", "paste_known_classes")
+
+
+def descriptions(recipe: type[Any]) -> dict[str, str]:
+    """What the fields of a dataclass are, from the ``Args`` of its docstring, for ``help`` of argparse."""
+    found: dict[str, str] = {}
+    _, _, args = inspect.cleandoc(recipe.__doc__ or "").partition("Args:\n")
+    name = ""
+    for line in args.splitlines():
+        if line and not line.startswith("    "):
+            break
+        if line.startswith("     "):
+            found[name] += f" {line.strip()}"
+        elif line.strip():
+            name, _, text = line.strip().partition(": ")
+            found[name] = text
+    # Roles of Sphinx, as in :data:`module.NAME`.
+    found = {name: re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text) for name, text in found.items()}
+    return {name: text.replace("%", "%%").replace("``", "").rstrip(".") for name, text in found.items()}
 
 
 def add_setting(parser: argparse.ArgumentParser, name: str, default: Any, text: str) -> None:
@@ -34,10 +54,18 @@ def add_setting(parser: argparse.ArgumentParser, name: str, default: Any, text: 
 
 
 def add_paste_settings(parser: argparse.ArgumentParser, defaults: PasteSettings, text: str, but: Collection[str] = ()) -> None:
-    """Adds ``--paste-…`` for the fields of :class:`PasteSettings`, ``but`` those that have a flag of another name."""
+    """Adds ``--paste-…`` for the fields of :class:`PasteSettings`, ``but`` those that have a flag of another name.
+
+    Args:
+        parser: Of the command.
+        defaults: Shown in the help.
+        text: How the help shows them, with ``%s``.
+        but: Fields without a flag.
+    """
+    known = descriptions(PasteSettings)
     for field in fields(PasteSettings):
         if field.name not in but:
-            add_setting(parser, f"paste_{field.name}", getattr(defaults, field.name), text)
+            add_setting(parser, f"paste_{field.name}", getattr(defaults, field.name), f"{known[field.name]} ({text})")
 
 
 def changed_paste(args: argparse.Namespace, paste: PasteSettings) -> PasteSettings:

@@ -197,8 +197,8 @@ def _run(args: argparse.Namespace) -> int:
             path = find_weights(entry.name, args.weights_dir)
         if path is not None:
             verify(entry, path)
-            print(f"{entry.name}: {'matches' if entry.sha256 else 'has no published checksum, size'} {path}")
-            checked += 1
+            print(f"{entry.name}: {'matches' if entry.sha256 else 'nobody published a checksum to compare with,'} {path}")
+            checked += bool(entry.sha256)
     print(f"{checked} files verified")
     return 0
 

@@ -123,3 +123,13 @@ def test_an_imported_file_of_a_bundled_name_is_named_in_full(tmp_path: Path, cap
     weights = BUNDLED_DIR / "compact_scorer.safetensors"
     assert cli.main(["weights", "import", str(weights), "--weights-dir", str(tmp_path)]) == 0
     assert f"scorer.weights={tmp_path / 'compact_scorer.safetensors'}" in capsys.readouterr().out
+
+
+def test_bundled_files_are_those_of_the_manifest(capsys: pytest.CaptureFixture[str]) -> None:
+    bundled = [entry for entry in read_manifest().values() if entry.bundled]
+    assert len(bundled) == 3
+    for known in bundled:
+        path = BUNDLED_DIR / known.file_name
+        assert (known.bytes, known.sha256) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert cli.main(["weights", "verify", *(known.name for known in bundled)]) == 0
+    assert "3 files verified" in capsys.readouterr().out

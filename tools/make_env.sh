@@ -49,7 +49,8 @@ if [[ ! -f $target/complete ]]; then
   "$target/bin/python" -m pip install --disable-pip-version-check "${arguments[@]}" >"$log" 2>&1 9>&- &
   installer=$!
   # A job in the background does not see Ctrl-C.
-  trap 'kill "$installer" 2>/dev/null || true' EXIT INT TERM
+  trap 'kill "$installer" 2>/dev/null || true' EXIT
+  trap 'exit 130' INT TERM
   while kill -0 "$installer" 2>/dev/null; do
     sleep 15
     echo "make env: $(grep -c '^ *Downloading\|^ *Using cached' "$log" || true) packages so far, $(du -sh "$target" | cut -f1) installed"

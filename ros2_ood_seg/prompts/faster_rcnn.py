@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import nms
 
 from ros2_ood_seg.config import BoxPromptsConfig
 from ros2_ood_seg.errors import InputError, WeightsError
@@ -81,6 +80,8 @@ class RcnnBoxes:
             found.append(_small(*self._detect_tile(scores, window), ZOOM_LARGEST * scores.shape[1]))
         boxes, confidence = torch.cat([b for b, _ in found]), torch.cat([c for _, c in found])
         if len(found) > 1:
+            from torchvision.ops import nms
+
             kept = nms(boxes, confidence, self._nms_iou)[: self._config.max_boxes]
             boxes, confidence = boxes[kept], confidence[kept]
         if ignore is not None:

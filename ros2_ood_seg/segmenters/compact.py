@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from ros2_ood_seg.config import SegmenterConfig
 from ros2_ood_seg.errors import InputError
@@ -191,7 +190,7 @@ def _refitted(answers: Mapping[int, _Answer], shape_hw: tuple[int, int]) -> dict
     again = {}
     for (index, answer), around in zip(answers.items(), boxes, strict=True):
         asked = answer.view.box_xyxy
-        if asked and around and box_iou(torch.tensor([asked]), torch.tensor([around])).item() < FITTING_IOU:
+        if asked and around and _iou(asked, around) < FITTING_IOU:
             again[index] = View(box_window(around), box_xyxy=around)
     return again
 
@@ -287,3 +286,10 @@ def fold_all(network: CompactNet) -> CompactNet:
         if isinstance(module, torch.nn.Sequential):
             fold_batch_norm(module)
     return network.eval().requires_grad_(False)
+
+
+def _iou(first_xyxy: Sequence[float], second_xyxy: Sequence[float]) -> float:
+    """Of two boxes that are not empty; torchvision's would have to be imported."""
+    (left, top, right, bottom), (x0, y0, x1, y1) = first_xyxy, second_xyxy
+    shared = max(0.0, min(right, x1) - max(left, x0)) * max(0.0, min(bottom, y1) - max(top, y0))
+    return shared / ((right - left) * (bottom - top) + (x1 - x0) * (y1 - y0) - shared)

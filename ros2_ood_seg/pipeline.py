@@ -82,10 +82,11 @@ class Pipeline:
             SEGMENTERS, config.segmenter.name, config.segmenter, old and old.segmenter, reuse and reuse.segmenter
         )
         self.fusion: Fusion = stage(FUSIONS, config.fusion.name, config.fusion, old and old.fusion, reuse and reuse.fusion)
-        # Track ids go on: a new tracker would give numbers of objects that are still there to others.
+        self._ignore = _read_ignore_mask(config.runtime.ignore_mask, self.runtime.device)
+        # Track ids go on: a new tracker would give numbers of objects that are still there to others. Last, because the pipeline
+        # that it is taken from stays in use when this one cannot be made.
         self.tracker = tracker or IoUTracker(config.tracking)
         self.tracker.configure(config.tracking)
-        self._ignore = _read_ignore_mask(config.runtime.ignore_mask, self.runtime.device)
 
     @classmethod
     def from_config(cls, config: PipelineConfig) -> Pipeline:

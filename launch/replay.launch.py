@@ -8,6 +8,7 @@ from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration
 
 from launch import LaunchDescription
+from ros2_ood_seg.ros.transport import room_for_images
 
 # Name, default (None: has to be given), description.
 ARGUMENTS = (
@@ -42,5 +43,7 @@ def generate_launch_description() -> LaunchDescription:
             *("--rate", LaunchConfiguration("rate"), "--delay", LaunchConfiguration("delay")),
         ],
         output="screen",
+        # It publishes images, too.
+        additional_env=room_for_images(),
     )
     return LaunchDescription([*arguments, node, player])

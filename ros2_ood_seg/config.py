@@ -26,6 +26,10 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
+NARROWEST_PX = 64
+"""Least width that scorers are given, px."""
+
+
 class ScorerConfig(_Settings):
     """Image to score map."""
 
@@ -79,8 +83,8 @@ class ScorerConfig(_Settings):
     @field_validator("input_width")
     @classmethod
     def _wide_enough(cls, value: int) -> int:
-        if 0 < value < 64:
-            raise ValueError(f"{value} px is too narrow, allowed: 0 for the image's own width, or 64 to 8192")
+        if 0 < value < NARROWEST_PX:
+            raise ValueError(f"{value} px is too narrow, allowed: 0 for the image's own width, or {NARROWEST_PX} to 8192")
         return value
 
 
@@ -381,6 +385,8 @@ def _explain(error: ValidationError) -> str:
 
 def describe_allowed(setting: Setting) -> str:
     """What values a setting takes, in words."""
+    if setting.name == "scorer.input_width":
+        return f"0, or a whole number from {NARROWEST_PX} to {setting.high:.10g}"
     if setting.choices:
         return "one of " + ", ".join(setting.choices)
     kind = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}[setting.kind.__name__]

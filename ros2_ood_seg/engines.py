@@ -111,7 +111,9 @@ def _converted(network: nn.Module, example: Tensor) -> Any:
     with contextlib.suppress(OSError, RuntimeError):
         if path.is_file():
             model = core.read_model(path)
-            os.utime(path)
+            # Others may own it.
+            with contextlib.suppress(OSError):
+                os.utime(path)
             return model
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 

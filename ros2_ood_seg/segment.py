@@ -247,7 +247,7 @@ def run(args: argparse.Namespace) -> int:
     if args.max_frames < 0:
         raise InputError(f"--max-frames is {args.max_frames}, it must be 1 or more, or 0 for all")
     for path in args.inputs:
-        folder = path if path.is_dir() else path.parent
+        folder = path.parent if path.suffix.lower() in IMAGE_SUFFIXES else path
         if not is_bag(path) and folder.resolve() == args.output.resolve():
             raise InputError(f"--output '{args.output}' is the folder of the pictures: files beside them would be replaced; name another")
     overrides = parse_overrides(args.set)

@@ -204,3 +204,8 @@ def test_results_do_not_go_beside_pictures_of_a_list(work, capsys):
     assert segment(work, picture) == 2
     assert "is the folder of the pictures" in capsys.readouterr().err
     assert (picture.with_suffix(".json")).read_text() == "labels of mine"
+
+
+def test_what_is_no_picture_may_lie_where_results_go(work, capsys):
+    assert segment(work, work / "out" / "missing.mp4") == 2
+    assert "is the folder of the pictures" not in capsys.readouterr().err

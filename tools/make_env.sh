@@ -7,6 +7,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Without a choice, that of the last time.
+if [[ -z ${PYTHON:-} ]] && .venv/bin/python -c pass 2>/dev/null; then PYTHON=.venv/bin/python; fi
+if [[ -z ${DISTRO:-} && $(readlink .venv || true) =~ /venv-wheels-([a-z]+)- ]]; then DISTRO=${BASH_REMATCH[1]}; fi
 PYTHON=${PYTHON:-python3}
 DISTRO=${DISTRO:-jazzy}
 CACHE=${OOD_SEG_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ros2_ood_seg}

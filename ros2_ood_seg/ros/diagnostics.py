@@ -49,7 +49,7 @@ class FrameStatistics:
             self._received_s.append(now_s)
 
     def replaced(self) -> None:
-        """A frame took the place of one that was still waiting."""
+        """A frame took the place of one that was still waiting, or came after a newer one."""
         with self._lock:
             self._counts["replaced"] += 1
 
@@ -101,11 +101,13 @@ class FrameStatistics:
             recent_error = failure or (self._error if time.monotonic() - self._error_s < _ERROR_MEMORY_S else "")
             # So long ago is the last answer, or the first image after a pause.
             waited_s = time.monotonic() - max([self._since_s, *self._answered_s]) if input_hz else 0.0
+            # A pipeline that takes longer than that is slow, not stalled.
+            stalled_s = max(_STALLED_S, 3e-3 * max(self._stages_ms.get("total", (0.0,)), default=0.0))
         if torch.cuda.is_initialized() and about.get("device", "").startswith("cuda"):
             values["GPU memory [MiB]"] = f"{torch.cuda.memory_allocated(about['device']) / 2**20:.0f}"
         level, message = DiagnosticStatus.OK, f"{state}, {output_hz:.1f} Hz"
-        if state == "active" and waited_s > _STALLED_S:
-            reason = recent_error or (missing if not counts["answered"] else "")
+        if state == "active" and waited_s > stalled_s:
+            reason = recent_error or missing
             level, message = DiagnosticStatus.ERROR, f"images arrive, none was answered for {waited_s:.0f} s" + f": {reason}" * bool(reason)
         elif recent_error:
             level, message = (DiagnosticStatus.WARN if state == "active" else DiagnosticStatus.ERROR), recent_error

@@ -19,6 +19,8 @@ from ros2_ood_seg.ros.parameters import NodeConfig
 
 _AHEAD_NS = 1_000_000_000
 """Maps may come so much before their images."""
+_IN_FLIGHT_NS = 10_000_000_000
+"""So much time before a jump back maps may still be on their way after it."""
 
 
 def stamp_ns(message: Any) -> int:
@@ -62,6 +64,7 @@ class FrameSource:
         config: Transport and matching.
         external: Whether every image needs an anomaly map.
         on_image: Called for each image as it comes in, before it has a map.
+        on_late: Called for each image whose map came after a newer frame.
         on_frame: Called with each frame, in the executor's thread.
         on_problem: Called with a text when a publisher's quality of service does not fit, or a stamp.
 
@@ -75,11 +78,13 @@ class FrameSource:
         config: NodeConfig,
         external: bool,
         on_image: Callable[[], None],
+        on_late: Callable[[], None],
         on_frame: Callable[[Frame], None],
         on_problem: Callable[[str], None],
     ) -> None:
         self._node = node
         self._on_arrival = on_image
+        self._on_late = on_late
         self._on_frame = on_frame
         self._on_problem = on_problem
         self._last_stamp_ns = 0
@@ -120,6 +125,11 @@ class FrameSource:
         """Images without an anomaly map so far."""
         return self._images - self._frames
 
+    @property
+    def matched(self) -> int:
+        """Images that are frames: with their anomaly map, where one is needed."""
+        return self._frames
+
     def destroy(self) -> None:
         """Unsubscribes; call it from the executor's thread."""
         for subscriber in self._subscribers:
@@ -156,7 +166,8 @@ class FrameSource:
 
     def _is_of_now(self, map_stamp_ns: int) -> bool:
         """Whether a map is not one of before a jump back, which would keep the place of later ones until time comes there again."""
-        return self._last_stamp_ns >= self._jumped_from_ns or map_stamp_ns <= self._last_stamp_ns + _AHEAD_NS
+        of_before = map_stamp_ns >= self._jumped_from_ns - _IN_FLIGHT_NS and map_stamp_ns > self._last_stamp_ns + _AHEAD_NS
+        return self._last_stamp_ns >= self._jumped_from_ns or not of_before
 
     def _on_image(self, image: Image | CompressedImage) -> None:
         now_ns = stamp_ns(image)
@@ -173,9 +184,10 @@ class FrameSource:
 
     def _pass_on(self, image: Image | CompressedImage, anomaly_map: Image | None = None) -> None:
         now_ns = stamp_ns(image)
+        self._frames += 1
         # Maps come in any order, answers do not go back in time.
         if self._passed_on_ns is not None and now_ns < self._passed_on_ns:
+            self._on_late()
             return
         self._passed_on_ns = now_ns
-        self._frames += 1
         self._on_frame(Frame(image, anomaly_map, self._epoch))

@@ -102,7 +102,13 @@ class OodSegmenter(LifecycleNode):
         external = self._settings.pipeline_config.scorer.name == "external"
         try:
             self._source = FrameSource(
-                self, self._settings.node_config, external, self._statistics.received, self._on_frame, self._on_problem
+                self,
+                self._settings.node_config,
+                external,
+                on_image=self._statistics.received,
+                on_late=self._statistics.replaced,
+                on_frame=self._on_frame,
+                on_problem=self._on_problem,
             )
         except Exception as error:
             self._fail("cannot activate", error)
@@ -258,7 +264,8 @@ class OodSegmenter(LifecycleNode):
             about["device"] = str(self._pipeline.runtime.device)
         if self._source is not None and config.scorer.name == "external":
             about["images without anomaly_map"] = str(self._source.waiting)
-            missing = f"no anomaly_map of their stamp within external.queue_size ({self._settings.node_config.external.queue_size})"
+            if not self._source.matched:
+                missing = f"no anomaly_map of their stamp within external.queue_size ({self._settings.node_config.external.queue_size})"
         status = self._statistics.status(self.get_fully_qualified_name(), self._state, about, self._failure, missing)
         message = DiagnosticArray(status=[status])
         message.header.stamp = self.get_clock().now().to_msg()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -201,13 +202,20 @@ def read_picture(objects: Sequence[Cutout], shape_hw: tuple[int, int]) -> Pictur
     """A picture in the middle of a sample, with all its objects marked; larger ones are shrunk, around smaller ones it is void.
 
     Args:
-        objects: Of one picture.
+        objects: Of one picture; those whose mask is empty or of another size are left out.
         shape_hw: Of the sample.
+
+    Raises:
+        InputError: An unreadable picture, or none of its masks can be used.
     """
     image = read_rgb(objects[0].image)
     mask = np.zeros(image.shape[:2], np.uint8)
     for cutout in objects:
-        mask |= cutout.mask_in((image.shape[0], image.shape[1]))
+        # What is too small or too crowded to be pasted may be annotated in any way: outside the picture, without a pixel.
+        with contextlib.suppress(InputError):
+            mask |= cutout.mask_in((image.shape[0], image.shape[1]))
+    if not mask.any():
+        raise InputError(f"no object of '{objects[0].image}' has a mask that fits it")
     height, width = shape_hw
     shrink = min(1.0, height / image.shape[0], width / image.shape[1])
     size = (min(width, max(1, round(image.shape[1] * shrink))), min(height, max(1, round(image.shape[0] * shrink))))

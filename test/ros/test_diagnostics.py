@@ -49,6 +49,20 @@ def test_images_that_nobody_answers_are_an_error(rejected: bool, monkeypatch: py
     assert statistics.status("node", "active", {}).level == (DiagnosticStatus.WARN if rejected else DiagnosticStatus.OK)
 
 
+def test_a_slow_pipeline_is_not_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = clock(monkeypatch)
+    statistics = FrameStatistics()
+    statistics.answered({"total": 20_000.0})
+    for _ in range(250):
+        now_s[0] += 0.1
+        statistics.received()
+    assert statistics.status("node", "active", {}).level == DiagnosticStatus.OK
+    for _ in range(400):
+        now_s[0] += 0.1
+        statistics.received()
+    assert statistics.status("node", "active", {}).level == DiagnosticStatus.ERROR
+
+
 def test_images_after_a_pause_get_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = clock(monkeypatch)
     statistics = FrameStatistics()

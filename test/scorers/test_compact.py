@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import mobilenet_v2
 
-from ros2_ood_seg.config import ScorerConfig
+from ros2_ood_seg.config import ScorerConfig, load_profile
 from ros2_ood_seg.efficientnet import efficientnet_lite_features
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.runtime import Runtime
@@ -218,3 +218,5 @@ def test_width_0_is_the_images_own(weights: WeightFile, image: torch.Tensor) -> 
     assert torch.equal(own.scores, same.scores)
     with pytest.raises(ValueError, match="40 px is too narrow"):
         make(weights, input_width=40)
+    with pytest.raises(InputError, match=r"'scorer\.input_width' is 40, allowed: 0, or a whole number from 64 to 8192"):
+        load_profile("compact", {"scorer.input_width": 40})

@@ -233,6 +233,11 @@ def test_pictures_show_all_that_is_annotated_and_nothing_known(tmp_path: Path) -
     (tmp_path / "instances.json").write_text(json.dumps(tree))
     cutouts = read_coco(tmp_path)
     assert len(cutouts) == 2, "one object of each picture is large enough to be pasted"
+    # Outside the picture, without a pixel and of another size: nothing of it ends a training.
+    outside = {**annotations[0], "segmentation": [[200.0, 200.0, 210.0, 200.0, 210.0, 210.0]], "area": 12}
+    empty = {**annotations[0], "iscrowd": 1, "segmentation": {"counts": [60 * 80], "size": [60, 80]}, "area": 5}
+    other = {**empty, "segmentation": {"counts": [0, 50 * 80], "size": [50, 80]}}
+    (tmp_path / "instances.json").write_text(json.dumps({**tree, "annotations": [*annotations, outside, empty, other]}))
     # The second picture is left out for a person that is too small to be pasted.
     (objects,) = picture_objects(cutouts, ScorerData(coco=tmp_path))
     target = read_picture(objects, (60, 80)).target

@@ -26,10 +26,6 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
-NARROWEST_PX = 64
-"""Least width that scorers are given, px."""
-
-
 class ScorerConfig(_Settings):
     """Image to score map."""
 
@@ -47,6 +43,7 @@ class ScorerConfig(_Settings):
         le=8192,
         description="Images are resized to this width (px, 64 or more) before the network, keeping their shape (compact: up to whole "
         "strides of 32 px, others are padded with 0); 0 for their own width",
+        json_schema_extra={"allowed": "0, or a whole number from 64 to 8192"},
     )
     coarse_scale: float = Field(
         0.25,
@@ -83,8 +80,8 @@ class ScorerConfig(_Settings):
     @field_validator("input_width")
     @classmethod
     def _wide_enough(cls, value: int) -> int:
-        if 0 < value < NARROWEST_PX:
-            raise ValueError(f"{value} px is too narrow, allowed: 0 for the image's own width, or {NARROWEST_PX} to 8192")
+        if 0 < value < 64:
+            raise ValueError(f"{value} px is too narrow")
         return value
 
 
@@ -238,7 +235,10 @@ class RuntimeConfig(_Settings):
     """Where and how the networks run."""
 
     device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="'auto' (CUDA when there is one), 'cpu', 'cuda' or 'cuda:N'"
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="'auto' (CUDA when there is one), 'cpu', 'cuda' or 'cuda:N'",
+        json_schema_extra={"allowed": "text (auto, cpu, cuda, cuda:N)"},
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="'auto': bfloat16 autocast on GPUs that have it, float32 otherwise"
@@ -279,6 +279,7 @@ class Setting:
         choices: Allowed strings; empty when any.
         above_low: ``low`` itself is not allowed.
         below_high: ``high`` itself is not allowed.
+        allowed: What is allowed, in words, where the above does not say it all.
     """
 
     name: str
@@ -290,6 +291,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     above_low: bool = False
     below_high: bool = False
+    allowed: str = ""
 
 
 def _leaf(name: str, info: FieldInfo, value: Leaf) -> Setting:
@@ -303,7 +305,9 @@ def _leaf(name: str, info: FieldInfo, value: Leaf) -> Setting:
     choices = tuple(get_args(info.annotation)) if get_origin(info.annotation) is Literal else ()
     kind: Any = str if choices else info.annotation
     above_low, below_high = (any(hasattr(rule, attribute) for rule in info.metadata) for attribute in ("gt", "lt"))
-    return Setting(name, kind, value, info.description or "", low, high, choices, above_low, below_high)
+    extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    allowed = str(extra.get("allowed", ""))
+    return Setting(name, kind, value, info.description or "", low, high, choices, above_low, below_high, allowed)
 
 
 def iter_settings(config: BaseModel, prefix: str = "") -> Iterator[Setting]:
@@ -385,8 +389,8 @@ def _explain(error: ValidationError) -> str:
 
 def describe_allowed(setting: Setting) -> str:
     """What values a setting takes, in words."""
-    if setting.name == "scorer.input_width":
-        return f"0, or a whole number from {NARROWEST_PX} to {setting.high:.10g}"
+    if setting.allowed:
+        return setting.allowed
     if setting.choices:
         return "one of " + ", ".join(setting.choices)
     kind = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}[setting.kind.__name__]
@@ -397,7 +401,7 @@ def describe_allowed(setting: Setting) -> str:
         bounds.append(f"{'below' if setting.below_high else 'at most'} {setting.high:.10g}")
     if bounds:
         return f"{kind}, {' and '.join(bounds)}"
-    return f"{kind} (auto, cpu, cuda, cuda:N)" if setting.name == "runtime.device" else kind
+    return kind
 
 
 def _closest(key: str, known: Mapping[str, Setting]) -> str:

@@ -7,9 +7,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Without a choice, that of the last time.
-if [[ -z ${PYTHON:-} ]] && .venv/bin/python -c pass 2>/dev/null; then PYTHON=.venv/bin/python; fi
-if [[ -z ${DISTRO:-} && $(readlink .venv || true) =~ /venv-wheels-([a-z]+)- ]]; then DISTRO=${BASH_REMATCH[1]}; fi
+sourced=
+if [[ -n ${ROS_DISTRO:-} ]] && command -v ros2 >/dev/null; then sourced=yes; fi
+# Without a choice, that of the last time; a ROS that is sourced has a Python of its own.
+if [[ -z $sourced && $(readlink .venv || true) =~ /venv-wheels-([a-z]+)- ]]; then
+  DISTRO=${DISTRO:-${BASH_REMATCH[1]}}
+  if [[ -z ${PYTHON:-} ]] && .venv/bin/python -c pass 2>/dev/null; then PYTHON=.venv/bin/python; fi
+fi
 PYTHON=${PYTHON:-python3}
 DISTRO=${DISTRO:-jazzy}
 CACHE=${OOD_SEG_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ros2_ood_seg}
@@ -21,7 +25,7 @@ CACHE=${OOD_SEG_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ros2_ood_seg}
 
 files=(requirements/runtime.txt requirements/extra.txt requirements/dev.txt)
 options=()
-if [[ -n ${ROS_DISTRO:-} ]] && command -v ros2 >/dev/null; then
+if [[ -n $sourced ]]; then
   home="system-$ROS_DISTRO"
   options=(--system-site-packages)
 elif [[ -f requirements/ros-$DISTRO.txt ]]; then

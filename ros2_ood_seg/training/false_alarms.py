@@ -31,6 +31,7 @@ from ros2_ood_seg.training.road_images import (
     read_idd_lite,
     read_road_folder,
 )
+from ros2_ood_seg.training.setting_flags import distinct_name
 from ros2_ood_seg.types import FrameResult
 from ros2_ood_seg.visualization import draw_overlay, side_by_side
 
@@ -225,11 +226,7 @@ def _read(args: argparse.Namespace) -> list[Frames]:
         images = [road for road in read_road_folder(folder) if not args.held_out or is_held_out(road.image.stem, _TRAINING_HOLDS_OUT)]
         if not images:
             raise InputError(f"--held-out leaves no picture of '{folder}': a quarter is held out, chosen by name")
-        taken = {frames.name for frames in sets}
-        name = next((name for name in (folder.resolve().name, str(folder)) if name not in taken), "")
-        if not name:
-            raise InputError(f"--roads names '{folder}' twice")
-        sets.append(Frames(name, images))
+        sets.append(Frames(distinct_name(folder, {frames.name for frames in sets}, "--roads"), images))
     if not sets:
         raise InputError("false-alarms needs at least one of --camvid, --idd-lite, --cityscapes and --roads")
     return sets

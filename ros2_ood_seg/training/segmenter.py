@@ -42,7 +42,7 @@ from ros2_ood_seg.training.segmenter_data import (
     random_point,
     rescale,
 )
-from ros2_ood_seg.training.setting_flags import descriptions
+from ros2_ood_seg.training.setting_flags import descriptions, distinct_name
 from ros2_ood_seg.types import Prompts
 from ros2_ood_seg.weights import WeightFile, load_weights, save_weights
 from ros2_ood_seg.weights.store import load_into
@@ -378,13 +378,9 @@ def _run(args: argparse.Namespace) -> int:
 def _run_evaluation(args: argparse.Namespace, runtime: Runtime) -> int:
     output = checked_output(args.output)
     segmenter = SEGMENTERS.get(args.evaluate)(SegmenterConfig(name=args.evaluate, weights=args.weights), runtime)
-    names = ["held_out", "held_out_far"]
+    sets: dict[str, list[SegmentedObject]] = {}
     for folder in args.labelled:
-        name = next((name for name in (folder.resolve().name, str(folder)) if name not in names), "")
-        if not name:
-            raise InputError(f"--labelled names '{folder}' twice")
-        names.append(name)
-    sets = {name: load_labelled(folder) for name, folder in zip(names[2:], args.labelled, strict=True)}
+        sets[distinct_name(folder, {"held_out", "held_out_far", *sets}, "--labelled")] = load_labelled(folder)
     report: dict[str, Any] = {}
     if args.objects:
         held_out = load_objects(args.objects, held_out=True)

@@ -7,8 +7,10 @@ import inspect
 import re
 from collections.abc import Collection
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
+from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.training.outlier_exposure import PasteSettings
 
 _ANY_NUMBER = ("steps", "paste_object_scales", "paste_known_classes")
@@ -32,6 +34,18 @@ def descriptions(recipe: type[Any]) -> dict[str, str]:
     # Python -OO leaves no docstrings.
     plain = {field.name: field.name.replace("_", " ") for field in fields(recipe)}
     return plain | {name: text.replace("%", "%%").replace("``", "").rstrip(".") for name, text in found.items()}
+
+
+def distinct_name(folder: Path, taken: Collection[str], flag: str) -> str:
+    """What a report calls a folder: its name, or its whole path where another folder has that name.
+
+    Raises:
+        InputError: The folder is named twice.
+    """
+    for name in (folder.resolve().name, str(folder)):
+        if name not in taken:
+            return name
+    raise InputError(f"{flag} names '{folder}' twice")
 
 
 def add_setting(parser: argparse.ArgumentParser, name: str, default: Any, text: str) -> None:

@@ -203,7 +203,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Threshold-free IoU of every variant, the scorer's best threshold as a line."""
+    """Threshold-free IoU of every variant, and its scorer's best threshold as a line across."""
     scorer = ("scorer at its best threshold", lambda row: row.baseline_iou)
     plot_rows(rows, path, "IoU (%)", {"S2M, no threshold": lambda row: row.iou}, scorer)
 

@@ -281,7 +281,7 @@ def plot_rows(
         path: ``.png`` to write.
         ylabel: What the figures are.
         series: Legend to the figure of a row, a fraction.
-        level: Legend and figure of a line across, the same for all variants of a data set.
+        level: Legend and figure of a row, drawn as a line across its place.
         steps_of: What the variants are steps of: lines over it instead of bars.
     """
     from matplotlib.figure import Figure
@@ -299,7 +299,8 @@ def plot_rows(
                 width = 0.8 / len(series)
                 axis.bar(at + (k + 0.5) * width - 0.4, values, width, label=name)
         if level is not None:
-            axis.axhline(100 * (level[1](chosen[0]) or 0.0), color="tab:red", label=level[0])
+            levels = [100 * (level[1](row) or 0.0) for row in chosen]
+            axis.hlines(levels, at - 0.5, at + 0.5, color="tab:red", label=level[0])
         if steps_of:
             axis.set_xticks(at, [row.variant for row in chosen])
             axis.set_xlabel(steps_of)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from ros2_ood_seg.evaluation.datasets import DataSet, LabelledImage, open_dataset
 from ros2_ood_seg.pipeline import Pipeline
 from ros2_ood_seg.scorers import SCORERS
-from ros2_ood_seg.training.ablation import CachedScorer, Sweep, Table, Variant, add_arguments, markdown_table, run_sweep
+from ros2_ood_seg.training.ablation import CachedScorer, Sweep, Table, Variant, add_arguments, markdown_table, plot_rows, run_sweep
 from ros2_ood_seg.types import Calibration, Prompts, ScoreMap
 
 SETTINGS = {
@@ -132,3 +133,21 @@ def test_an_interrupted_sweep_leaves_what_it_has(labelled_set: Path, tmp_path: P
     assert json.loads(output.read_text())["rows"] == [{"dataset": "tiny", "variant": "first"}]
     assert output.with_suffix(".md").read_text() == "| variant |\n| --- |\n| first |\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table.json", "table.md", "table.png"]
+
+
+@dataclass(frozen=True)
+class PlottedRow:
+    dataset: str
+    variant: str
+    figure: float
+    level: float
+
+
+def test_every_variant_has_a_level_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[float]] = []
+    hlines = Axes.hlines
+    monkeypatch.setattr(Axes, "hlines", lambda axis, y, *args, **more: (drawn.append(list(y)), hlines(axis, y, *args, **more))[1])
+    rows = [PlottedRow(dataset, variant, 0.7, level) for dataset in "ab" for variant, level in (("x", 0.5), ("y", 0.25))]
+    plot_rows(rows, tmp_path / "plot.png", "IoU (%)", {"figure": lambda row: row.figure}, ("level", lambda row: row.level))
+    assert drawn == [[50.0, 25.0], [50.0, 25.0]]
+    assert (tmp_path / "plot.png").stat().st_size > 0

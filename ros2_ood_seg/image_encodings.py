@@ -183,7 +183,8 @@ def decode_compressed(data: Buffer, image_format: str = "") -> NDArray[np.uint8]
     Args:
         data: The file's bytes.
         image_format: ``format`` of sensor_msgs/CompressedImage: ``<encoding>; <codec> compressed <encoding of the file>``. The bytes tell
-            their own format, but not that a grey picture is the mosaic of a Bayer camera.
+            their own format, but not that a grey picture is the mosaic of a Bayer camera, nor that image_transport wrote the rgb pixels of
+            a TIFF as if they were bgr.
 
     Returns:
         (H, W, 3) uint8 RGB, contiguous.
@@ -200,6 +201,9 @@ def decode_compressed(data: Buffer, image_format: str = "") -> NDArray[np.uint8]
             height, width = mosaic.shape
             return decode_image(f"{pattern}{bits}", height, width, mosaic.strides[0], sys.byteorder == "big", mosaic.tobytes())
     image = _decode_file(data, image_format, cv2.IMREAD_COLOR)
+    if encoding.strip().startswith("rgb") and compressed.strip() == "tiff compressed":
+        # image_transport converts for JPEG and PNG only: OpenCV wrote red as blue.
+        return np.asarray(image, dtype=np.uint8)
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 

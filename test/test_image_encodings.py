@@ -263,3 +263,16 @@ def test_colour_pictures_of_a_bayer_camera_are_taken_as_they_are() -> None:
     image = np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8)
     _, file = cv2.imencode(".png", image[..., ::-1])
     np.testing.assert_array_equal(decode_compressed(file.tobytes(), "bayer_rggb8; jpeg compressed bgr8"), image)
+
+
+@pytest.mark.parametrize("encoding", ["rgb8", "bgr8", "rgba8", "bgra8", "rgb16"])
+def test_tiff_of_image_transport_keeps_its_colours(encoding: str) -> None:
+    rgb = np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8)
+    pixels = rgb if encoding.startswith("rgb") else rgb[..., ::-1]
+    if encoding.endswith("a8"):
+        pixels = np.dstack([pixels, np.full(rgb.shape[:2], 255, np.uint8)])
+    if encoding.endswith("16"):
+        pixels = pixels.astype(np.uint16) * 257
+    # The pixels in the order of the raw topic, as they are, which OpenCV takes for bgr.
+    _, file = cv2.imencode(".tiff", np.ascontiguousarray(pixels))
+    np.testing.assert_array_equal(decode_compressed(file.tobytes(), f"{encoding}; tiff compressed "), rgb)

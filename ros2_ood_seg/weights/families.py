@@ -24,6 +24,7 @@ class Family:
         use: Settings that make the pipeline use it, empty when it has no place in the pipeline.
         signature: Beginnings of names that all have to occur.
         outputs: An entry and the length of its first axis, where only that tells two families apart.
+        without: Beginnings of names of which none may occur, those that another network built on this one adds.
         files: Names under which settings look for such a file, the usual one first; empty for the name.
     """
 
@@ -32,6 +33,7 @@ class Family:
     use: str
     signature: tuple[str, ...]
     outputs: tuple[str, int] | None = None
+    without: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
     @property
@@ -42,6 +44,8 @@ class Family:
     def matches(self, state: Mapping[str, Tensor]) -> bool:
         """Whether a state dict without wrapper prefixes is of this family."""
         if not all(any(key.startswith(start) for key in state) for start in self.signature):
+            return False
+        if any(key.startswith(self.without) for key in state):
             return False
         return self.outputs is None or state[self.outputs[0]].shape[:1] == (self.outputs[1],)
 
@@ -110,6 +114,7 @@ FAMILIES = (
             f"segmenter.name=sam and --set segmenter.model={model}",
             ("image_encoder.", "prompt_encoder.", "mask_decoder.", "image_encoder.patch_embed.proj.bias"),
             outputs=("image_encoder.patch_embed.proj.bias", width),
+            without=("mask_decoder.hf_token.",),
             files=(file,),
         )
         for title, model, width, file in (
@@ -123,6 +128,7 @@ FAMILIES = (
         "detectron2 Faster R-CNN with FPN, the layout of S2M's box prompt generator",
         "prompts.boxes.method=faster_rcnn",
         ("backbone.bottom_up.", "proposal_generator.rpn_head.", "roi_heads.box_predictor."),
+        without=("roi_heads.mask_head.",),
     ),
     Family(
         "mask2anomaly",

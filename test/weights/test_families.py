@@ -90,6 +90,28 @@ def test_import_keeps_a_file_where_the_settings_look(
     assert "--name is 'sml', allowed for" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        # HQ-SAM, and Mask R-CNN: the same names and some more.
+        entries(*SAM, "mask_decoder.hf_token.weight", outputs=768),
+        entries(
+            "backbone.bottom_up.stem.conv1.weight",
+            "proposal_generator.rpn_head.conv.weight",
+            "roi_heads.box_predictor.cls_score.weight",
+            "roi_heads.mask_head.predictor.weight",
+        ),
+    ],
+)
+def test_networks_built_on_a_known_one_are_not_kept_as_that(
+    state: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(state, tmp_path / "w.pth")
+    assert cli.main(["weights", "import", str(tmp_path / "w.pth"), "--weights-dir", str(tmp_path / "kept")]) == 2
+    assert "no known family" in capsys.readouterr().err
+    assert not (tmp_path / "kept").exists()
+
+
 def test_every_name_is_one_that_some_setting_looks_for() -> None:
     known = {*SCORERS.names, *OFFICIAL_WEIGHTS.values(), "compact_scorer", "s2m_prompt_generator", "rude0fhk"}
     assert {name for family in FAMILIES for name in family.file_names} <= known

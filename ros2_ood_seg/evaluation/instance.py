@@ -62,7 +62,7 @@ def truth_instances(label: NDArray[np.uint8], instances: NDArray[np.int32] | Non
         ids, rank = np.unique(instances[anomalous], return_inverse=True)
         truth = np.zeros(label.shape, np.int32)
         # Rank 0 is id 0 where there is one: anomalous, but of no instance.
-        truth[anomalous] = np.where(ids[rank] == 0, -1, rank + (0 if ids[:1] == 0 else 1))
+        truth[anomalous] = np.where(ids[rank] == 0, -1, rank + (0 if 0 in ids else 1))
     truth[label == 255] = -1
     return truth
 

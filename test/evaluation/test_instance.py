@@ -204,6 +204,8 @@ def test_truth_from_files_and_from_components() -> None:
     np.testing.assert_array_equal(truth_instances(label, None), np.where(label == 255, -1, components(label == 1)))
     ids = np.array([[7, 0, 9, 7, 3], [0, 0, 0, 0, 3]], np.int32)
     np.testing.assert_array_equal(truth_instances(label, ids), [[2, -1, 0, 2, -1], [0, 0, 0, 0, 1]])
+    nothing = np.where(label == 1, 0, label)
+    np.testing.assert_array_equal(truth_instances(nothing, ids), [[0, 0, 0, 0, -1], [0, 0, 0, 0, 0]])
 
 
 @settings(max_examples=20, deadline=None)

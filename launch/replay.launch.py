@@ -5,7 +5,7 @@ from pathlib import Path
 from ament_index_python.packages import get_package_share_directory
 from launch.actions import DeclareLaunchArgument, ExecuteProcess, IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
-from launch.substitutions import LaunchConfiguration
+from launch.substitutions import LaunchConfiguration, PythonExpression
 
 from launch import LaunchDescription
 from ros2_ood_seg.ros.transport import room_for_images
@@ -35,12 +35,14 @@ def generate_launch_description() -> LaunchDescription:
         launch_arguments=[("use_sim_time", "true"), *((name, LaunchConfiguration(name)) for name in _FOR_THE_NODE)],
     )
     image = LaunchConfiguration("image")
+    # ros2 bag play refuses a delay of 0.
+    delay = PythonExpression(["float('", LaunchConfiguration("delay"), "') or 0.001"])
     player = ExecuteProcess(
         cmd=[
             *("ros2", "bag", "play", LaunchConfiguration("bag"), "--clock"),
             # Nothing else: the results of a node that ran while it was recorded would come beside those of this one.
             *("--topics", image, [image, "/compressed"], "/anomaly_map"),
-            *("--rate", LaunchConfiguration("rate"), "--delay", LaunchConfiguration("delay")),
+            *("--rate", LaunchConfiguration("rate"), "--delay", delay),
         ],
         output="screen",
         # It publishes images, too.

@@ -51,6 +51,22 @@ def test_launch_files_describe_what_they_start(name: str) -> None:
     assert [argument.name for argument in declared][: len(own)] == own
 
 
+@pytest.mark.parametrize(("delay", "seconds"), [("10.0", 10.0), ("0", 0.001)])
+def test_a_replay_may_start_at_once(delay: str, seconds: float) -> None:
+    pytest.importorskip("launch_ros", reason="launch is not installed")
+    from launch.actions import ExecuteProcess
+
+    from launch import LaunchContext
+
+    context = LaunchContext()
+    context.launch_configurations.update(bag="drive", image="/camera/image", rate="1.0", delay=delay)
+    (player,) = (action for action in load("replay").generate_launch_description().entities if isinstance(action, ExecuteProcess))
+    words = ["".join(part.perform(context) for part in word) for word in player.cmd]
+    assert words[:4] == ["ros2", "bag", "play", "drive"]
+    # ros2 bag play wants a number above 0.
+    assert float(words[words.index("--delay") + 1]) == seconds
+
+
 def test_rviz_shows_the_nodes_images_with_their_quality_of_service() -> None:
     displays = yaml.safe_load((ROOT / "rviz" / "ood_seg.rviz").read_text())["Visualization Manager"]["Displays"]
     topics = {display["Topic"]["Value"]: display["Topic"] for display in displays if display["Class"].endswith("/Image")}

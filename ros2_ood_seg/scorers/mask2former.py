@@ -35,8 +35,9 @@ from ros2_ood_seg.weights.store import WEIGHTS_NAME, WeightFile
 _QUERIES_AT_ONCE = 16
 _UNO_OUTPUTS = len(CITYSCAPES_CLASSES) + 2
 _FAMILIES = ("mask2former", "mask2former_ugains", "uno", "mask2anomaly")
-_UNUSED = ("criterion.", *(f"sem_seg_head.predictor.transformer_cross_attention_layers.{k}.fusion_layer." for k in range(16)))
-"""Beginnings of the names of what released files hold and the network does not use: the loss's, and a layer of Mask2Anomaly."""
+_UNUSED = ("criterion.", "flow.", *(f"sem_seg_head.predictor.transformer_cross_attention_layers.{k}.fusion_layer." for k in range(16)))
+"""Beginnings of the names of what released files hold and the network does not use: the loss's, UNO's generator of negatives, and a layer
+of Mask2Anomaly."""
 
 _UGAINS_NAMES = {"backbone.": "backbone.", "pixel_decoder.": "sem_seg_head.pixel_decoder.", "sem_seg_head.": "sem_seg_head.predictor."}
 

@@ -172,6 +172,15 @@ def test_wrong_checkpoints_are_explained(tmp_path: Path, runtime: Runtime) -> No
         build(config("rba", path), runtime)
 
 
+def test_uno_trained_with_synthetic_negatives_brings_their_generator_along(tmp_path: Path, runtime: Runtime, image: Tensor) -> None:
+    generator = {"flow.transforms.0.net.weight": torch.zeros(3), "flow.transforms.0.initialized": torch.ones((), dtype=torch.bool)}
+    found = []
+    for extra in ({}, generator):
+        torch.save({"model": {**official(21), **extra}}, tmp_path / "w.pth")
+        found.append(build(config("uno", tmp_path / "w.pth"), runtime)(image).scores)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 def test_mask2anomalys_own_release(tmp_path: Path, randomised, runtime: Runtime, image: Tensor) -> None:
     torch.manual_seed(3)
     backbone = ResNet(8, (4, 4, 8, 8), (16, 16, 32, 32), (1, 2, 1, 1))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ros2_ood_seg.config import PointPromptsConfig, RuntimeConfig
+from ros2_ood_seg.config import PointPromptsConfig, build_config
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.prompts import POINT_PROMPTS
 from ros2_ood_seg.runtime import Runtime
@@ -43,16 +43,13 @@ def run(args: argparse.Namespace) -> int:
     """
     if min(args.width, args.height, args.repeats) < 1 or not 0.0 < args.share <= 1.0:
         raise InputError("--width, --height and --repeats must be 1 or more, --share above 0 and at most 1")
-    runtime = Runtime.from_config(RuntimeConfig(device=args.device))
+    runtime = Runtime.from_arguments(device=args.device)
     candidates = np.random.default_rng(0).random((args.height, args.width)) < args.share
     candidates[0, 0] = True
     score_map = ScoreMap(torch.from_numpy(candidates).float().to(runtime.device), "bench", Calibration.linear())
     figures = {}
     for name in args.samplers:
-        try:
-            config = PointPromptsConfig(method=name, count=args.count)
-        except ValueError as error:
-            raise InputError(f"--count is {args.count}: {' '.join(str(error).split())}") from error
+        config = build_config({"prompts": {"points": {"method": name, "count": args.count}}}, "arguments").prompts.points
         figures[name] = _measure(name, config, score_map, args.repeats, runtime)
         shown = "   ".join(f"{key} {value:.1f} ms" for key, value in figures[name].items())
         print(f"{name:8} {shown}", flush=True)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ros2_ood_seg.config import RuntimeConfig
+from ros2_ood_seg.config import RuntimeConfig, build_config
 from ros2_ood_seg.engines import OpenVinoNetwork, openvino_installed
 from ros2_ood_seg.errors import InputError
 
@@ -64,6 +64,15 @@ class Runtime:
             raise InputError(f"runtime.weights_dir '{weights_dir}' is not a folder")
         engine = _engine(config.engine, can_openvino=device.type == "cpu" and not wants_bf16)
         return cls(device, torch.bfloat16 if wants_bf16 else None, weights_dir, engine)
+
+    @classmethod
+    def from_arguments(cls, **settings: str | int) -> Runtime:
+        """The same for what a command line says; ``settings`` are fields of the configuration.
+
+        Raises:
+            InputError: As above, or a value that the settings do not allow.
+        """
+        return cls.from_config(build_config({"runtime": settings}, "arguments").runtime)
 
     def prepare(self, network: nn.Module, example: Tensor, *, parallel: bool = False) -> Forward:
         """Makes a network ready to run, with the engine.

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torchvision.models import segmentation
 
-from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
+from ros2_ood_seg.config import ScorerConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.runtime import Runtime, peak_memory_mb
 from ros2_ood_seg.scorers import SCORERS
@@ -106,7 +106,7 @@ def measure(name: str, folder: Path, width: int, height: int, repeats: int, devi
     Returns:
         ``p50_ms``, ``p95_ms``, ``peak_memory_mb`` of the process and ``peak_gpu_memory_mb``.
     """
-    runtime = Runtime.from_config(RuntimeConfig.model_validate({"device": device, "precision": precision}))
+    runtime = Runtime.from_arguments(device=device, precision=precision)
     weights = str(folder / "w.safetensors") if name in NETWORKS else ""
     scorer = SCORERS.get(name)(ScorerConfig(name=name, input_width=width, weights=weights), runtime)
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)).to(runtime.device)

@@ -34,7 +34,8 @@ def test_another_choice_of_points_is_told(capsys: pytest.CaptureFixture[str], mo
     assert "DIFFERS" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [("--repeats", "0"), ("--share", "0"), ("--count", "0")])
+@pytest.mark.parametrize("arguments", [("--repeats", "0"), ("--share", "0"), ("--count", "0"), ("--device", "gpu")])
 def test_unusable_numbers_are_refused(arguments: tuple[str, ...]) -> None:
-    with pytest.raises(InputError):
+    with pytest.raises(InputError) as caught:
         run("--width", "20", "--height", "20", *arguments)
+    assert "pydantic" not in str(caught.value)

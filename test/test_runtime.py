@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ros2_ood_seg.config import RuntimeConfig
+from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.runtime import Runtime
 
 
@@ -31,3 +32,15 @@ def test_bfloat16_by_itself_only_where_the_gpu_has_it(
     monkeypatch.setattr(torch.cuda, "get_device_capability", of)
     assert Runtime.from_config(RuntimeConfig(device="cuda:1", precision=precision)).autocast_dtype == dtype
     assert asked == ["cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "gpu"}, r"^arguments: 'runtime.device' is 'gpu', allowed: text \(auto, cpu, cuda, cuda:N\)$"),
+        ({"device": "cpu", "threads": -1}, r"^arguments: 'runtime.threads' is -1, allowed: a whole number, at least 0 and at most 1024$"),
+    ],
+)
+def test_what_a_command_line_says_is_checked_in_one_line(settings: dict[str, str | int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Runtime.from_arguments(**settings)

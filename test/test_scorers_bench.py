@@ -61,3 +61,8 @@ def test_knows_every_scorer_that_has_a_network_to_load() -> None:
     assert {"compact", "external", *scorers_bench.NETWORKS} == set(SCORERS.names)
     with pytest.raises(InputError, match="--repeats is 0"):
         run("--repeats", "0")
+
+
+def test_an_unknown_device_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'runtime.device' is 'gpu', allowed: text \(auto"):
+        scorers_bench.measure("compact", tmp_path, 64, 64, 1, "gpu", "auto")

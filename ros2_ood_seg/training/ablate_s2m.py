@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ros2_ood_seg.config import RuntimeConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.datasets import DataSet, LabelledImage
 from ros2_ood_seg.evaluation.instance import truth_instances
@@ -119,7 +118,7 @@ def noise_variants(args: argparse.Namespace) -> Iterator[Variant]:
         raise InputError(f"weights file '{args.init}' does not hold the recipe it was trained with")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
     recipe = PromptTraining(**values)
-    runtime = Runtime.from_config(RuntimeConfig(device=args.device))
+    runtime = Runtime.from_arguments(device=args.device)
     maps = ScoreMaps.read(args.maps)
     if args.iterations:
         scale = args.iterations / recipe.iterations

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ros2_ood_seg.config import RuntimeConfig, ScorerConfig, parse_overrides
+from ros2_ood_seg.config import ScorerConfig, build_config, parse_overrides
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.image_encodings import read_rgb
 from ros2_ood_seg.runtime import Runtime
@@ -92,15 +92,14 @@ def run(args: argparse.Namespace) -> int:
     if args.max_images < 1:
         raise InputError(f"--max-images is {args.max_images}, it must be 1 or more")
     images = [images[k] for k in np.unique(np.linspace(0, len(images) - 1, min(args.max_images, len(images))).astype(int))]
-    runtime = Runtime.from_config(RuntimeConfig(weights_dir=args.weights_dir))
+    runtime = Runtime.from_arguments(weights_dir=args.weights_dir)
     further = parse_overrides(args.set)
     if foreign := [key for key in further if key.rpartition(".")[0] != "scorer"]:
         raise InputError(f"--set {foreign[0]}: only settings of the scorer count here, as scorer.temperature")
     named = {"name": args.scorer, "score": args.score, "weights": args.weights, "input_width": args.input_width}
-    try:
-        config = ScorerConfig(**{**named, **{key.removeprefix("scorer."): value for key, value in further.items()}})
-    except ValueError as error:
-        raise InputError(f"calibrate: {' '.join(str(error).split())}") from error
+    config = build_config(
+        {"scorer": {**named, **{key.removeprefix("scorer."): value for key, value in further.items()}}}, "calibrate"
+    ).scorer
     if args.scorer in SOURCES:
         statistics = make_statistics(config, runtime, images, args.statistics)
         print(f"{statistics}: class statistics of {len(images)} frames" if statistics else "class statistics: there are some already")

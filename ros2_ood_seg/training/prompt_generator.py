@@ -107,6 +107,9 @@ class PromptTraining:
         for name in ("iterations", "batch_size", "checkpoint_every", "shortest_px", "longest_px"):
             if getattr(self, name) < 1:
                 raise InputError(f"'{name}' is {getattr(self, name)}, allowed: 1 or more")
+        for name in ("seed", "workers"):
+            if getattr(self, name) < 0:
+                raise InputError(f"'{name}' is {getattr(self, name)}, allowed: 0 or more")
         for name in ("noise", "flip", "fragments", "min_peak"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"'{name}' is {getattr(self, name)}, allowed: a number from 0 to 1")

@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
+from ros2_ood_seg.config import build_config
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.image_encodings import write_rgb
 from ros2_ood_seg.runtime import Runtime
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
         InputError: Anything in the arguments, the data or the weights that cannot be used, before anything is scored.
     """
     recipe, map_recipe = recipes(args)
-    runtime = Runtime.from_config(RuntimeConfig(device=own_device(args.device), precision="float32", threads=args.threads))
+    runtime = Runtime.from_arguments(device=own_device(args.device), precision="float32", threads=args.threads)
     folder = args.maps or args.output / "maps"
     with joined_processes(runtime.device) as processes:
         scorer = frozen_scorer(args, map_recipe, runtime)
@@ -189,10 +189,10 @@ def frozen_scorer(args: argparse.Namespace, map_recipe: MapRecipe, runtime: Runt
     """The scorer whose maps are learnt; it sees the samples at their own width.
 
     Raises:
-        InputError: Unknown, without weights of its own, or they are not found.
+        InputError: Unknown, without weights of its own, or they are not found; or samples of a width that it does not take.
     """
-    width = map_recipe.paste.crop_hw[1]
-    scorer = SCORERS.get(args.scorer)(ScorerConfig(name=args.scorer, weights=args.scorer_weights, input_width=width), runtime)
+    own = {"name": args.scorer, "weights": args.scorer_weights, "input_width": map_recipe.paste.crop_hw[1]}
+    scorer = SCORERS.get(args.scorer)(build_config({"scorer": own}, "--paste-crop-hw").scorer, runtime)
     if not hasattr(scorer, "weights_path"):
         raise InputError(f"scorer '{args.scorer}' has no network that could score training images: name another with --scorer")
     return cast("CalibratedScorer", scorer)

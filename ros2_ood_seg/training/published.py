@@ -65,6 +65,9 @@ class PublishedTraining:
         for name in ("iterations", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, allowed: a number above 0")
+        for name in ("seed", "workers"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}, allowed: 0 or more")
         if self.batch_size < 2:
             raise InputError(f"batch_size is {self.batch_size}, allowed: 2 or more, which the batch norms need")
         if not 0.0 <= self.outlier_share <= 1.0:

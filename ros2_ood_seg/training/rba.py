@@ -103,7 +103,7 @@ class RbaTraining:
         for name in ("iterations", "batch_size", "learning_rate", "points"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, allowed: a number above 0")
-        for name in ("backbone_rate", "weight_decay", "clip_norm", "outlier_weight", "segmentation_weight"):
+        for name in ("backbone_rate", "weight_decay", "clip_norm", "outlier_weight", "segmentation_weight", "seed", "workers"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} is {getattr(self, name)}, allowed: a number from 0")
         if not 0.0 <= self.outlier_share <= 1.0:

@@ -6,7 +6,6 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from ros2_ood_seg.config import RuntimeConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.training.rba import LAYERS, PRESETS, RbaTraining, train_rba
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         paste = replace(paste, object_px=tuple(args.object_px), object_scales=())
     given = {name: getattr(args, name) for name in (*_OF_RECIPE, "layers") if getattr(args, name) is not None}
     recipe = replace(recipe, **given, bounded=not args.unbounded, bfloat16=args.bfloat16, paste=paste)
-    runtime = Runtime.from_config(RuntimeConfig(device=args.device, precision="float32", threads=args.threads))
+    runtime = Runtime.from_arguments(device=args.device, precision="float32", threads=args.threads)
     weights = train_rba(data, recipe, args.output, args.init, runtime.device)
     calibrate_published(weights, data, args.calibration_frames, runtime, args.input_width)
     print(weights)

@@ -164,6 +164,9 @@ class ScorerTraining:
         for name in ("iterations", "batch_size", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, allowed: a number above 0")
+        for name in ("seed", "workers"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}, allowed: 0 or more")
 
 
 @dataclass(frozen=True)

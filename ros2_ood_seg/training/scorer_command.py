@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ros2_ood_seg.config import RuntimeConfig, ScorerConfig
+from ros2_ood_seg.config import ScorerConfig, build_config
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.image_encodings import read_rgb, write_rgb
 from ros2_ood_seg.runtime import Runtime
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         write_rgb(args.output / "preview.png", sheet)
         print(args.output / "preview.png")
         return 0
-    runtime = Runtime.from_config(RuntimeConfig(device=args.device, precision="float32", threads=args.threads))
+    runtime = Runtime.from_arguments(device=args.device, precision="float32", threads=args.threads)
     if isinstance(recipe, PublishedTraining):
         released = train_published(data, recipe, args.output, args.init, runtime.device)
         calibrate_published(released, data, args.calibration_frames, runtime, args.input_width)
@@ -204,10 +204,7 @@ def check_input_width(input_width: int) -> None:
     Raises:
         InputError: A width that the settings do not allow.
     """
-    try:
-        ScorerConfig(input_width=input_width)
-    except ValueError as error:
-        raise InputError(f"--input-width: {' '.join(str(error).split())}") from error
+    build_config({"scorer": {"input_width": input_width}}, "--input-width")
 
 
 def release(trained: Path, data: ScorerData, path: Path, provenance: Mapping[str, str], max_frames_per_source: int = 200) -> None:

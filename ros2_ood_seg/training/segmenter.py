@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from ros2_ood_seg.config import RuntimeConfig, SegmenterConfig
+from ros2_ood_seg.config import SegmenterConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.cli import checked_output
 from ros2_ood_seg.runtime import Runtime
@@ -93,7 +93,7 @@ class SegmenterTraining:
     checkpoint_minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "width"):
+        for name in ("iterations", "batch_size", "learning_rate", "width"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, allowed: a number above 0")
         if not self.crop_sizes or any(size <= 0 or size % _STRIDE for size in self.crop_sizes):
@@ -345,7 +345,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(args: argparse.Namespace) -> int:
-    runtime = Runtime.from_config(RuntimeConfig(device=args.device, precision="float32", threads=args.threads))
+    for flag in ("seed", "validate_on", "frames_per_folder"):
+        if getattr(args, flag) < 0:
+            raise InputError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}, allowed: 0 or more")
+    runtime = Runtime.from_arguments(device=args.device, precision="float32", threads=args.threads)
     if args.evaluate:
         return _run_evaluation(args, runtime)
     if args.objects is None:

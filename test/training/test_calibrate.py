@@ -69,7 +69,12 @@ def test_all_scores_of_the_compact_scorer_at_once(weights: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("extra", "message"), [(["--max-images", "0"], "--max-images is 0"), (["--score", "nonsense"], "score"), (["--images", "x"], "'x'")]
+    ("extra", "message"),
+    [
+        (["--max-images", "0"], "--max-images is 0"),
+        (["--score", "nonsense"], "calibrate: 'scorer.score' is 'nonsense', allowed: one of default, "),
+        (["--images", "x"], "'x'"),
+    ],
 )
 def test_command_refuses(extra: list[str], message: str, weights: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["calibrate", "--scorer", "compact", "--weights", str(weights), "--images", str(data_dir / "roads"), *extra]

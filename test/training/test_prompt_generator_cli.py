@@ -184,6 +184,10 @@ def test_textures_alone_are_enough(arguments: list[str], tmp_path: Path) -> None
         (["--roads", "ONE"], "ONE' has no pictures to (learn from|hold out)"),
         (["--paste-object-px", "9", "3"], "'object_px' is"),
         (["--scale", "2", "1"], "'scale' is 2.0 1.0"),
+        (["--seed", "-1"], "'seed' is -1, allowed: 0 or more"),
+        (["--workers", "-1"], "'workers' is -1, allowed: 0 or more"),
+        (["--device", "gpu"], "'runtime.device' is 'gpu'"),
+        (["--paste-crop-hw", "48", "48"], "--paste-crop-hw: 'scorer.input_width' is 48, allowed: 0, or a whole number from 64"),
     ],
 )
 def test_unusable_arguments_are_refused_before_training(arguments: list[str], words: list[str], message: str, tmp_path: Path) -> None:

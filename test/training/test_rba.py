@@ -219,6 +219,8 @@ def test_frames_without_labels_need_no_segmentation_loss(
         (("--outlier-share", "2"), "outlier_share is 2.0, allowed: a number from 0 to 1"),
         (("--clip-norm", "-1"), "clip_norm is -1.0, allowed: a number from 0"),
         (("--calibration-frames", "0"), "--calibration-frames is 0"),
+        (("--seed", "-1"), "seed is -1, allowed: a number from 0"),
+        (("--device", "gpu"), "'runtime.device' is 'gpu'"),
     ],
 )
 def test_unusable_settings_are_refused(

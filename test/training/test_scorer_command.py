@@ -161,3 +161,25 @@ def test_refused_scenes(arguments: list[str], message: str, data_dir: Path, tmp_
     assert main(["train", "scorer", *data, *(text.format(data=data_dir) for text in arguments)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "log.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "seed is -1, allowed: 0 or more"),
+        (["--workers", "-1"], "workers is -1, allowed: 0 or more"),
+        (["--method", "pebal", "--seed", "-1"], "seed is -1, allowed: 0 or more"),
+        (["--method", "pebal", "--input-width", "32"], "--input-width: 'scorer.input_width' is 32, allowed: 0, or a whole number from 64"),
+        (["--device", "gpu"], "'runtime.device' is 'gpu', allowed: text (auto, cpu, cuda, cuda:N)"),
+        (["--threads", "-1"], "'runtime.threads' is -1, allowed: a whole number, at least 0"),
+    ],
+)
+def test_refused_numbers_and_devices(
+    arguments: list[str], message: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--camvid", str(data_dir / "camvid"), "--coco", str(data_dir / "coco"), "--output", str(tmp_path / "out")]
+    assert main(["train", "scorer", *data, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -229,11 +229,19 @@ def test_the_command_needs_objects(tmp_path: Path) -> None:
         args.run(args)
 
 
+@pytest.mark.parametrize("flag", ["--seed", "--validate-on", "--frames-per-folder"])
+def test_negative_numbers_are_refused_before_anything_is_read(flag: str, tmp_path: Path) -> None:
+    args = parse("--objects", "nowhere", "--output", str(tmp_path / "run"), "--device", "cpu", flag, "-1")
+    with pytest.raises(InputError, match=f"{flag} is -1, allowed: 0 or more"):
+        args.run(args)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"iterations": 0}, "iterations is 0, allowed: a number above 0"),
         ({"width": -8}, "width is -8"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0, allowed: a number above 0"),
         ({"crop_sizes": (96, 100)}, r"crop_sizes is \(96, 100\), allowed: one or more positive multiples of 32"),
         ({"crop_sizes": ()}, "crop_sizes is"),
     ],

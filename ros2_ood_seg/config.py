@@ -464,16 +464,21 @@ def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
-    """Reads ``KEY=VALUE`` words; the value is YAML, so ``true``, ``3`` and ``0.5`` have their types.
+    """Reads ``KEY=VALUE`` words; texts are taken as they are, other values as YAML, so ``true``, ``3`` and ``0.5`` have their types.
 
     Raises:
         InputError: A word without ``=``, or a value that is no YAML.
     """
+    texts = {setting.name for setting in iter_settings(PipelineConfig()) if setting.kind is str}
     overrides: dict[str, Any] = {}
     for assignment in assignments:
-        key, separator, value = assignment.partition("=")
+        key, separator, value = (part.strip() for part in assignment.partition("="))
         if not separator or not key:
-            raise InputError(f"'{assignment}' must be KEY=VALUE, as in prompts.points.count=100")
+            raise InputError(f"--set '{assignment}' must be KEY=VALUE, as in prompts.points.count=100")
+        if key in texts:
+            # A folder may be called 2024, and a file null.
+            overrides[key] = value
+            continue
         try:
             overrides[key] = yaml.safe_load(value) if value else ""
         except yaml.YAMLError as error:

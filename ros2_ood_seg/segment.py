@@ -17,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ros2_ood_seg.config import load_profile
+from ros2_ood_seg.config import load_profile, parse_overrides
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.bags import BagReader, is_bag
-from ros2_ood_seg.evaluation.cli import parse_overrides
 from ros2_ood_seg.evaluation.datasets import read_map
 from ros2_ood_seg.evaluation.measure import Maps, instances_json
 from ros2_ood_seg.image_encodings import decode_compressed

@@ -11,6 +11,7 @@ from ros2_ood_seg.config import (
     format_value,
     iter_settings,
     load_profile,
+    parse_overrides,
     profile_names,
 )
 from ros2_ood_seg.errors import InputError
@@ -124,6 +125,15 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, text: str, words: str
     with pytest.raises(InputError, match=words) as caught:
         load_profile(path)
     assert "\n" not in str(caught.value)
+
+
+def test_texts_on_the_command_line_are_taken_as_they_are() -> None:
+    words = ["runtime.weights_dir=2024", "scorer.weights = null", "prompts.points.count=7", "tracking.enabled=yes", "fusion.floor_value=-2"]
+    config = load_profile("compact", parse_overrides(words))
+    assert (config.runtime.weights_dir, config.scorer.weights) == ("2024", "null")
+    assert (config.prompts.points.count, config.tracking.enabled, config.fusion.floor_value) == (7, True, -2.0)
+    with pytest.raises(InputError, match=r"--set '=3' must be KEY=VALUE"):
+        parse_overrides(["=3"])
 
 
 def test_a_circle_of_profiles_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ros2_ood_seg.config import PipelineConfig, load_profile
+from ros2_ood_seg.config import PipelineConfig, load_profile, parse_overrides
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component, evaluate_bag, pixel
 from ros2_ood_seg.evaluation.compare import comparison
@@ -129,21 +129,6 @@ def run_compare(args: argparse.Namespace) -> int:
         raise InputError(f"--samples is {args.samples}, it must be 0 or more")
     print(comparison(args.reports, args.samples))
     return 0
-
-
-def parse_overrides(items: list[str]) -> dict[str, Any]:
-    """``["a.b=1"]`` as ``{"a.b": "1"}``.
-
-    Raises:
-        InputError: An item without ``=``.
-    """
-    overrides = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise InputError(f"--set '{item}' must have the form KEY=VALUE")
-        overrides[key.strip()] = value.strip()
-    return overrides
 
 
 def checked_output(path: Path) -> Path:

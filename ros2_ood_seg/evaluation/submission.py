@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ros2_ood_seg.config import load_profile
+from ros2_ood_seg.config import load_profile, parse_overrides
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.evaluation.cli import parse_overrides
 from ros2_ood_seg.evaluation.datasets import files_ending, list_images, read_map
 from ros2_ood_seg.evaluation.instance import ranking_key
 from ros2_ood_seg.image_encodings import read_rgb

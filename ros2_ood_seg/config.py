@@ -320,6 +320,18 @@ def iter_settings(config: BaseModel, prefix: str = "") -> Iterator[Setting]:
             yield _leaf(prefix + key, info, value)
 
 
+def cache_root() -> Path:
+    """Folder of what can be made or fetched again: ``$XDG_CACHE_HOME/ros2_ood_seg``, by default under ``~/.cache``.
+
+    Raises:
+        InputError: Nothing says where the user's home is, as in containers that run under a number without an account.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ros2_ood_seg"
+    except RuntimeError as error:
+        raise InputError("neither XDG_CACHE_HOME nor HOME says where files can be kept: set one of them, or name a folder") from error
+
+
 def profile_dirs() -> tuple[Path, ...]:
     """Folders that may hold bundled profiles: beside the installed module, then the source tree's ``config/``."""
     package = Path(__file__).resolve().parent

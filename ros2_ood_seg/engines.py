@@ -20,6 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ros2_ood_seg.config import cache_root
+from ros2_ood_seg.errors import InputError
+
 MAX_SHAPES = 8
 """Input shapes that stay compiled: the compact scorer's four looks at pictures of two shapes. One more costs a third of a second, and the
 one unused for longest goes."""
@@ -33,8 +36,8 @@ def openvino_installed() -> bool:
 
 
 def cache_dir() -> Path:
-    """Where converted networks are kept: ``$XDG_CACHE_HOME/ros2_ood_seg/openvino``, by default under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ros2_ood_seg" / "openvino"
+    """Where converted networks are kept; see :func:`~ros2_ood_seg.config.cache_root`."""
+    return cache_root() / "openvino"
 
 
 class OpenVinoNetwork:
@@ -106,9 +109,10 @@ def _openvino() -> tuple[Any, Any]:
 
 def _converted(network: nn.Module, example: Tensor) -> Any:
     openvino, core = _openvino()
-    path = cache_dir() / f"{_fingerprint(network, example, openvino.get_version())}.xml"
-    # A file that another version or a full disk left broken is made anew, and so is one in a folder that cannot be entered.
-    with contextlib.suppress(OSError, RuntimeError):
+    name = f"{_fingerprint(network, example, openvino.get_version())}.xml"
+    # A file that another version or a full disk left broken is made anew, and so is one in a folder that cannot be entered or found.
+    with contextlib.suppress(OSError, RuntimeError, InputError):
+        path = cache_dir() / name
         if path.is_file():
             model = core.read_model(path)
             # Others may own it.
@@ -124,7 +128,8 @@ def _converted(network: nn.Module, example: Tensor) -> Any:
         # OpenVINO calls the decoder back while it converts, and does not keep it alive itself.
         decoder = TorchScriptPythonDecoder(network, example_input=example)
         model = frontend.convert(frontend.load(decoder))
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError, RuntimeError, InputError):
+        path = cache_dir() / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)

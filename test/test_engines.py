@@ -106,6 +106,21 @@ def test_a_broken_or_read_only_cache_does_no_harm(network: nn.Module, cache: Pat
 
 
 @needs_openvino
+def test_a_user_without_a_home_has_openvino_too(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(f"uid not found: {uid}")
+
+    # As in a container that runs under a number without an account.
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(InputError, match="neither XDG_CACHE_HOME nor HOME says where files can be kept"):
+        engines.cache_dir()
+    x = torch.rand(1, 3, 8, 8)
+    torch.testing.assert_close(engines.OpenVinoNetwork(network, x, 1)(x)[1], network(x)[1], rtol=1e-4, atol=1e-5)
+
+
+@needs_openvino
 def test_openvino_is_used_without_its_usage_reports() -> None:
     code = "from ros2_ood_seg import engines; engines._openvino(); from openvino.tools import ovc; print(type(ovc.telemetry).__module__)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

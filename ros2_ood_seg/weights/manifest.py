@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
+from ros2_ood_seg.config import cache_root
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.weights.families import Family, recognise, without_prefixes
 from ros2_ood_seg.weights.store import BUNDLED_DIR, WEIGHTS_NAME, find_weights, load_weights, save_weights, search_dirs
@@ -183,7 +184,7 @@ def _run(args: argparse.Namespace) -> int:
         if name not in manifest:
             raise InputError(f"unknown weights '{name}': use one of {', '.join(manifest)}")
     if args.action == "download":
-        folder = args.weights_dir or Path.home() / ".cache" / "ros2_ood_seg" / "weights"
+        folder = args.weights_dir or cache_root() / "weights"
         for name in args.names:
             print(f"{name}: {download(manifest[name], folder)}")
         print(f"use them with --weights-dir {folder}")

@@ -133,3 +133,14 @@ def test_bundled_files_are_those_of_the_manifest(capsys: pytest.CaptureFixture[s
         assert (known.bytes, known.sha256) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
     assert cli.main(["weights", "verify", *(known.name for known in bundled)]) == 0
     assert "3 files verified" in capsys.readouterr().out
+
+
+def test_downloads_go_where_the_user_keeps_such_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+    monkeypatch.setattr("ros2_ood_seg.weights.manifest.download", lambda entry, folder: fetched.append(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cli.main(["weights", "download", "sam_vit_b_01ec64"]) == 0
+    assert fetched == [tmp_path / "ros2_ood_seg" / "weights"]
+    assert f"use them with --weights-dir {fetched[0]}" in capsys.readouterr().out

@@ -22,6 +22,8 @@ RAW_IMAGE = "sensor_msgs/msg/Image"
 COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
 INSTANCE_ARRAY = "ros2_ood_seg/msg/AnomalyInstanceArray"
 NS_PER_S = 1_000_000_000
+_STAMP_END = 12
+"""Serialised, a header begins with four bytes of CDR and the stamp."""
 
 
 @lru_cache(maxsize=1)
@@ -58,8 +60,13 @@ def header_stamp_ns(data: bytes | memoryview) -> int:
     """The stamp of a serialised message that begins with a header, ns, without deserialising the rest.
 
     Args:
-        data: CDR bytes, at least 12.
+        data: CDR bytes.
+
+    Raises:
+        InputError: Fewer bytes than a stamp takes.
     """
+    if len(data) < _STAMP_END:
+        raise InputError(f"a message of {len(data)} bytes has no header")
     seconds, nanoseconds = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, 4)
     return int(seconds) * NS_PER_S + int(nanoseconds)
 

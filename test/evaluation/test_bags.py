@@ -260,3 +260,15 @@ def test_a_raw_topic_that_was_never_used_does_not_hide_the_compressed_one(tmp_pa
         monkeypatch.setattr(BagReader, "topics", (Topic("/cam", "sensor_msgs/msg/Image", 0), *bag.topics))
         assert bag.image_topic().name == "/cam/compressed"
         assert bag.image_topic("/cam").name == "/cam/compressed"
+
+
+def test_a_message_without_a_header_costs_the_labels_from_it_on(tmp_path):
+    with BagWriter(tmp_path / "drive") as bag:
+        for k, stamp in enumerate(STAMPS):
+            bag.write_image("/cam/image", picture(k), stamp)
+            if k == 2:
+                bag.write_raw("/cam/label", "sensor_msgs/msg/Image", stamp, b"")
+            else:
+                bag.write_image("/cam/label", labels(k), stamp)
+    with BagReader(tmp_path / "drive") as bag:
+        assert [len(found) for _, found in bag.iter_frames("/cam/image", "/cam/label")] == [1, 1, 0, 0]

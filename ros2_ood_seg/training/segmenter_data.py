@@ -210,7 +210,7 @@ def _coco_panoptic(root: Path) -> Iterator[_Picture]:
                 (
                     files[entry["image_id"]],
                     entry["file_name"],
-                    [s["id"] for s in entry["segments_info"] if s["category_id"] in things and not s["iscrowd"]],
+                    [s["id"] for s in entry["segments_info"] if s["category_id"] in things and not s.get("iscrowd")],
                 )
                 for entry in tree["annotations"]
             ]
@@ -218,8 +218,10 @@ def _coco_panoptic(root: Path) -> Iterator[_Picture]:
             yield _Picture(image, name, partial(_pick_segments, path.with_suffix("") / name, segments))
 
 
-def _pick_segments(path: Path, segments: list[int], _shape_hw: tuple[int, ...]) -> list[Image]:
+def _pick_segments(path: Path, segments: list[int], shape_hw: tuple[int, ...]) -> list[Image]:
     colour = read_rgb(path).astype(np.int32)
+    if colour.shape[:2] != shape_hw:
+        raise InputError(f"mask '{path}' is {colour.shape[1]}x{colour.shape[0]}, its image is {shape_hw[1]}x{shape_hw[0]}")
     ids = colour[..., 0] + 256 * colour[..., 1] + 65536 * colour[..., 2]
     return [(ids == segment).astype(np.uint8) * np.uint8(255) for segment in segments]
 

@@ -87,7 +87,8 @@ def test_coco_polygons_and_panoptic_segments(tmp_path: Path) -> None:
     ids = np.zeros((60, 80, 3), np.uint8)
     ids[10:40, 10:50] = (0, 1, 2)  # BGR: id = 2 + 256
     ids[40:] = (0, 0, 7)
-    segments = [{"id": 258, "category_id": 1, "iscrowd": 0}, {"id": 7, "category_id": 2, "iscrowd": 0}]
+    # Not every tool says what is no crowd.
+    segments = [{"id": 258, "category_id": 1}, {"id": 7, "category_id": 2, "iscrowd": 0}]
     for picture in pictures:
         cv2.imwrite(str(tmp_path / f"coco_panoptic/panoptic/{picture['id']}.png"), ids)
     entries = [{"image_id": k, "file_name": f"{k}.png", "segments_info": segments} for k in range(30)]
@@ -99,6 +100,9 @@ def test_coco_polygons_and_panoptic_segments(tmp_path: Path) -> None:
     assert sorted(item.source for item in items) == ["coco"] * 30 + ["coco_panoptic"] * 30
     for item in items:
         assert np.abs(np.array(item.box_xyxy) - (10, 10, 50, 40)).max() <= 1
+    cv2.imwrite(str(tmp_path / "coco_panoptic/panoptic/4.png"), ids[:50])
+    with pytest.raises(InputError, match=r"4.png' is 80x50, its image is 80x60"):
+        load_objects(tmp_path, held_out=is_held_out("coco_panoptic/4.png", 0.125))
 
 
 def test_nothing_to_learn_from(tmp_path: Path) -> None:

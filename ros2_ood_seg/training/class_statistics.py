@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -132,16 +134,21 @@ def make_statistics(config: ScorerConfig, runtime: Runtime, images: Sequence[Pat
         The file, or None when there are statistics already.
 
     Raises:
-        InputError: No pictures, an unreadable one, or values that do not vary.
+        InputError: No pictures, an unreadable one, a folder that cannot be written, or values that do not vary.
         WeightsError: The scorer's weights cannot be used.
     """
     make_source, write = SOURCES[config.name]
     source = make_source(config, runtime)
-    found = [path for path in source.path.parent.glob(f"{source.path.stem}.*") if path.suffix != ".partial"]
+    found = [path for path in source.path.parent.glob(f"{glob.escape(source.path.stem)}.*") if path.suffix != ".partial"]
     if not anew and (config.statistics or found):
         return None
     if config.statistics:
         raise InputError(f"scorer.statistics names '{config.statistics}', which is never written to: leave it out to compute them")
+    if not os.access(source.path.parent, os.W_OK):
+        raise InputError(
+            f"class statistics belong into '{source.path.parent}', which cannot be written: "
+            "copy the weights to a folder of yours and name them with --weights, and with scorer.weights where they are used"
+        )
     moments = ClassMoments(source.num_classes)
     for path in tqdm(images, desc="statistics", mininterval=5.0):
         image = torch.from_numpy(read_rgb(path)).to(runtime.device)

@@ -81,10 +81,10 @@ def test_feature_statistics_give_the_distance_of_their_gaussians(tmp_path: Path)
     assert torch.equal(found.inverse[3], found.inverse[frequent])
 
 
-def weights(tmp_path: Path, name: str) -> Path:
+def weights(tmp_path: Path, name: str, file: str = "w.pth") -> Path:
     torch.manual_seed(0)
     network = DeepLabResNet101(19, stem=8, structure=(1, 1, 1, 1)) if name == "sml" else DeepLabWideResNet38(19, stem=8, structure=(1,) * 6)
-    path = tmp_path / "w.pth"
+    path = tmp_path / file
     torch.save(network.state_dict(), path)
     return path
 
@@ -114,6 +114,19 @@ def test_statistics_somewhere_else_are_not_overwritten(data_dir: Path, tmp_path:
     config = ScorerConfig(name="sml", weights=str(weights(tmp_path, "sml")), input_width=64, statistics="published.npy")
     with pytest.raises(InputError, match=r"'published.npy', which is never written to"):
         make_statistics(config, Runtime(CPU), [data_dir / "roads" / "frame_0.jpg"], anew=True)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_a_picture_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ScorerConfig(name="sml", weights=str(weights(tmp_path, "sml")), input_width=64)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(InputError, match="which cannot be written: copy the weights to a folder of yours"):
+        make_statistics(config, Runtime(CPU), [tmp_path / "nowhere.jpg"])
+
+
+def test_statistics_of_weights_with_brackets_in_their_name_are_found(tmp_path: Path) -> None:
+    config = ScorerConfig(name="sml", weights=str(weights(tmp_path, "sml", "w[1].pth")), input_width=64)
+    (tmp_path / "w[1].statistics.json").write_text("{}")
+    assert make_statistics(config, Runtime(CPU), [tmp_path / "nowhere.jpg"]) is None
 
 
 def test_other_scorers_need_none(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,7 +130,9 @@ class BagRun:
         )
 
 
-def find_bags(paths: Sequence[Path], output: Path, image_topic: str | None, label_topics: Sequence[str]) -> list[BagRun]:
+def find_bags(
+    paths: Sequence[Path], output: Path, image_topic: str | None, label_topics: Sequence[str], results_name: str = ""
+) -> list[BagRun]:
     """Opens every recording once, so that nothing runs when one of them cannot be used.
 
     Args:
@@ -138,9 +140,10 @@ def find_bags(paths: Sequence[Path], output: Path, image_topic: str | None, labe
         output: Report; the results bags lie beside it.
         image_topic: Camera, None for the only one.
         label_topics: Anomaly and instance labels.
+        results_name: Of the only recording's results bag; empty for that of the report.
 
     Raises:
-        InputError: A bag or topic that is not there or is empty.
+        InputError: A bag or topic that is not there or is empty, or a results bag that would replace a recording.
     """
     runs: list[BagRun] = []
     for path in paths:
@@ -152,7 +155,7 @@ def find_bags(paths: Sequence[Path], output: Path, image_topic: str | None, labe
         name = path.resolve().name if path.is_dir() else path.stem
         while any(run.name == name for run in runs):
             name += "_"
-        results = output.with_suffix(".mcap") if len(paths) == 1 else output.with_name(f"{output.stem}.{name}.mcap")
+        results = output.with_name((results_name or f"{output.stem}.mcap") if len(paths) == 1 else f"{output.stem}.{name}.mcap")
         if any(results.resolve() == recording.resolve() for recording in paths) or _is_recording(results):
             raise InputError(f"--output '{output}': the results bag '{results}' would replace a recording; choose another name")
         runs.append(BagRun(name, path, topic.name, labels, results, topic.count))

@@ -154,8 +154,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"output folder '{args.output}' cannot be made: {error.strerror}") from error
     sample = find_sample(args)
     output = args.output / "report.json"
-    (drive,) = find_bags([sample.bag], output, sample.topic, sample.labels)
-    drive.results = args.output / "results.mcap"
+    (drive,) = find_bags([sample.bag], output, sample.topic, sample.labels, "results.mcap")
     # Built before the node: a profile that cannot run is told at once, not from the node's log.
     evaluation = BagEvaluation(BagJob(config, output, Options(minimum=component.TRACKS["obstacle"]), (drive,)))
     print(f"playing {sample.topic} of {sample.bag} to the node, profile '{args.profile}'", flush=True)

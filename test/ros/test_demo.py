@@ -87,6 +87,17 @@ def test_bags_and_topics_that_are_not_there_are_named(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_recording_that_has_the_name_of_the_results_is_not_replaced(tmp_path, capsys):
+    for path in (tmp_path / "bag", tmp_path / "demo" / "results.mcap"):
+        with BagWriter(path) as bag:
+            bag.write_image("/camera", np.zeros((32, 32, 3), np.uint8), 1)
+    for bag in (tmp_path / "bag", tmp_path / "demo" / "results.mcap"):
+        assert main(["--output", str(tmp_path / "demo"), "--bag", str(bag)]) == 2
+        assert "results.mcap' would replace a recording" in capsys.readouterr().err
+    with BagReader(tmp_path / "demo" / "results.mcap") as bag:
+        assert [topic.name for topic in bag.topics] == ["/camera"]
+
+
 def test_processes_that_ignore_an_interrupt_are_ended(tmp_path):
     stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
     log = tmp_path / "log"

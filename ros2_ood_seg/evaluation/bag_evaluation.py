@@ -225,6 +225,7 @@ class BagJob:
         return {
             "recordings": [[run.name, run.topic, *run.label_topics, *_file_stamps(run.path, results)] for run in self.runs],
             "how": [str(value) for value in how],
+            "maps": [] if self.external is None else [_stamp(path) for path in sorted(self.external.glob("*.npy"))],
             "rule": vars(self.rule),
         }
 
@@ -448,4 +449,8 @@ def _file_stamps(path: Path, results: Collection[Path]) -> list[str]:
     # Not what an evaluation writes into the folder.
     parts = (item for pattern in ("metadata.yaml", "*.mcap*", "*.db3*") for item in path.glob(pattern) if item.is_file())
     files = [path] if path.is_file() else sorted(item for item in parts if item.resolve() not in results)
-    return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return [_stamp(file) for file in files]
+
+
+def _stamp(file: Path) -> str:
+    return f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"

@@ -369,6 +369,17 @@ def test_a_frame_without_its_score_map_is_rejected_and_the_others_go_on(tmp_path
     assert report["drive"]["frames"] == 7
 
 
+def test_recordings_that_an_earlier_run_finished_depend_on_their_score_maps(tmp_path):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(2), range(2))
+    runs = find_bags([tmp_path / "drive"], tmp_path / "report.json", "/front/image", ())
+    job = BagJob(PipelineConfig(), tmp_path / "report.json", Options(), tuple(runs), external=tmp_path / "maps")
+    before = job.fingerprint()
+    assert job.fingerprint() == before
+    np.save(tmp_path / "maps" / f"{stamp(1)}.npy", np.zeros((HEIGHT, WIDTH + 1), np.float32))
+    assert job.fingerprint() != before
+
+
 def test_a_label_that_cannot_be_used_is_counted_and_the_others_go_on(tmp_path, capsys):
     with BagWriter(tmp_path / "drive") as bag:
         write_frames(bag, tmp_path / "maps", range(8), range(7))

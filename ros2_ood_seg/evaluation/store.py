@@ -55,7 +55,8 @@ class PartStore:
         """Removes the folder and what this class wrote into it."""
         if not self.folder.is_dir():
             return
-        for path in self.folder.iterdir():
+        # What marks a frame as finished goes first: when this is interrupted, the next run must not count on the rest.
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.suffix not in (".part", ".group")):
             if path.suffix[1:] in KINDS:
                 path.unlink()
         # The fingerprint goes last: it is what marks the folder as ours.

@@ -84,6 +84,24 @@ def test_parts_survive_the_disk(tmp_path: Path, exact: bool) -> None:
         np.testing.assert_array_equal(again.maps("0")[0], one.refined)
 
 
+def test_clearing_that_is_interrupted_leaves_no_frame_that_seems_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = PartStore(tmp_path / "parts", {})
+    for name in ("0", "1"):
+        put(store, measure(dataclasses.replace(frame(), name=name), maps(None), Minimum(0, 0)))
+    unlink, iterdir = Path.unlink, Path.iterdir
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix not in (".part", ".group"):
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(iterdir(path))))
+    with pytest.raises(KeyboardInterrupt):
+        store.clear()
+    assert not any(PartStore(tmp_path / "parts", {}).has(name) for name in ("0", "1"))
+
+
 def put(store: PartStore, measured: tuple[FrameMeasure, MapCounts, MapCounts]) -> None:
     store.save_pixels("0", *measured[1:])
     store.save(measured[0], b"")

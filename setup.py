@@ -26,7 +26,8 @@ setup(
     package_dir={"ros2_ood_seg.profiles": "config", "ros2_ood_seg.interfaces": "msg"},
     package_data={
         "ros2_ood_seg": ["py.typed"],
-        "ros2_ood_seg.weights": ["*.safetensors", "*.yaml", "*.md"],
+        "ros2_ood_seg.ros": ["*.xml"],
+        "ros2_ood_seg.weights": ["*.safetensors", "*.yaml", "*.md", "*.png"],
         "ros2_ood_seg.profiles": ["*.yaml"],
         "ros2_ood_seg.interfaces": ["*.msg"],
     },

@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,6 +115,18 @@ def test_every_module_is_held_to_the_layering() -> None:
     package = ROOT / "ros2_ood_seg"
     modules = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
     assert {f"ros2_ood_seg.{name}" for name in modules - {"__init__", "ros"}} == named
+
+
+def test_a_wheel_holds_every_file_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("setuptools")
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: given.update(arguments))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    for folder in (ROOT / "ros2_ood_seg", *(path for path in (ROOT / "ros2_ood_seg").rglob("*") if path.is_dir())):
+        package = ".".join(folder.relative_to(ROOT).parts)
+        others = {path.name for path in folder.iterdir() if path.is_file() and path.suffix not in (".py", ".pyc")}
+        assert not others - {path.name for pattern in given["package_data"].get(package, ()) for path in folder.glob(pattern)}, package
 
 
 def test_tools_with_an_interpreter_can_be_run() -> None:

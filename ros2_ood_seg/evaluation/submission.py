@@ -149,7 +149,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the submission; one for all data sets")
     parser.add_argument("--profile", default="compact", help="name of a bundled profile or path of a YAML file")
     parser.add_argument("--method", help="smiyc: name of the method, a folder (default: the profile's name)")
-    parser.add_argument("--map", choices=tuple(MAPS), default="refined", help="smiyc: which map (default: %(default)s)")
+    parser.add_argument("--map", choices=tuple(MAPS), help="smiyc: which map (default: refined)")
     parser.add_argument("--resume", action="store_true", help="keep what an interrupted run of the same settings has written")
     parser.add_argument("--max-images", type=int, default=0, metavar="N", help="only the first N images")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the profile; may be repeated")
@@ -173,6 +173,9 @@ def run_submission(args: argparse.Namespace) -> int:
     """
     if args.max_images < 0:
         raise InputError(f"--max-images is {args.max_images}, it must be 1 or more, or 0 for all")
+    for flag in ("method", "map"):
+        if args.benchmark == "oodis" and getattr(args, flag) is not None:
+            raise InputError(f"--{flag} is of smiyc, oodis takes instances: leave it out")
     overrides = {"tracking.enabled": False} | parse_overrides(args.set)
     if args.weights_dir:
         overrides["runtime.weights_dir"] = args.weights_dir
@@ -188,7 +191,7 @@ def run_submission(args: argparse.Namespace) -> int:
         external = read_map(args.external / f"{target.name}.npy") if args.external else None
         result = pipeline.run(read_rgb(target.image), external)
         if args.benchmark == "smiyc":
-            write_smiyc(target.file, MAPS[args.map](result).cpu().numpy())
+            write_smiyc(target.file, MAPS[args.map or "refined"](result).cpu().numpy())
         else:
             found = result.instances
             key = ranking_key(found.scores.cpu().numpy(), found.raw_scores.cpu().numpy())

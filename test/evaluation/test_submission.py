@@ -126,3 +126,6 @@ def test_bad_arguments_end_with_2_and_one_line(anomaly_track: Path, capsys: pyte
         assert message in capsys.readouterr().err
     assert submit("oodis", anomaly_track, "--max-images", "-1") == 2
     assert "--max-images is -1" in capsys.readouterr().err
+    for flag, value in (("--map", "score"), ("--method", "mine")):
+        assert submit("oodis", anomaly_track, flag, value) == 2
+        assert f"{flag} is of smiyc, oodis takes instances" in capsys.readouterr().err

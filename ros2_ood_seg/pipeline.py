@@ -117,7 +117,7 @@ class Pipeline:
             with self._timed("upload", timings):
                 pixels = _check_image(image).to(self.runtime.device)
                 outside = None if external is None else _as_scores(external).to(self.runtime.device)
-                ignore = self._ignore_for(int(pixels.shape[0]), int(pixels.shape[1]))
+                ignore = self.ignore_for(int(pixels.shape[0]), int(pixels.shape[1]))
             with self._timed("score", timings):
                 score_map = self.scorer(pixels, outside)
             with self._timed("prompt", timings):
@@ -165,7 +165,12 @@ class Pipeline:
         self.runtime.synchronize()
         timings[stage] = (time.perf_counter() - start) * 1e3
 
-    def _ignore_for(self, height: int, width: int) -> Tensor | None:
+    def ignore_for(self, height: int, width: int) -> Tensor | None:
+        """(H, W) bool on the device, True where nothing is to be found in images of this size; None for nowhere.
+
+        Raises:
+            InputError: The ignore mask is of another size.
+        """
         if self._ignore is not None and tuple(self._ignore.shape) != (height, width):
             own_height, own_width = self._ignore.shape
             raise InputError(

@@ -239,5 +239,6 @@ def _result(
     with torch.inference_mode():
         pixels = torch.from_numpy(rgb).to(pipeline.runtime.device)
         score_map = pipeline.scorer(pixels, None)
-        prompts = Prompts.empty(pixels.device) if pipeline.box_prompts is None else pipeline.box_prompts(score_map, None)
+        ignore = pipeline.ignore_for(*score_map.shape_hw)
+        prompts = Prompts.empty(pixels.device) if pipeline.box_prompts is None else pipeline.box_prompts(score_map, ignore)
     return FrameResult(instances, score_map, prompts, torch.from_numpy(refined), timings_ms, pipeline.config.profile)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,9 @@ from ros2_ood_seg.evaluation.bag_writer import BagWriter
 from ros2_ood_seg.evaluation.bags import BagReader
 from ros2_ood_seg.evaluation.drive_page import drive_html, unmeasured_report
 from ros2_ood_seg.evaluation.replayed import PlayedFrame, PlayReport, Recording, iter_answers, node_figures, stale_share
+from ros2_ood_seg.evaluation.replayed import _result as replayed_result
 from ros2_ood_seg.evaluation.results_bag import ResultsBag, result_messages
+from ros2_ood_seg.pipeline import Pipeline
 from ros2_ood_seg.types import Calibration, FrameResult, Instances, Prompts, ScoreMap
 
 FRAMES = (
@@ -139,6 +142,21 @@ def test_answers_are_joined_with_their_images(tmp_path):
             "/ood_segmenter/timing": 3,
         }
         assert "ros2_ood_seg/InstanceMask" in bag.definitions["ros2_ood_seg/msg/AnomalyInstanceArray"], "viewers can read it"
+
+
+def test_box_prompts_of_a_replay_heed_the_ignore_mask(tmp_path):
+    ignored = np.zeros((32, 48), np.uint8)
+    ignored[:, 24:] = 255
+    cv2.imwrite(str(tmp_path / "hood.png"), ignored)
+    settings = {"scorer.name": "external", "prompts.boxes.method": "components", "segmenter.name": "grabcut", "runtime.device": "cpu"}
+    pipeline = Pipeline(load_profile("compact", {**settings, "runtime.ignore_mask": str(tmp_path / "hood.png")}))
+    scores = torch.zeros(32, 48)
+    scores[4:14, 4:14] = scores[4:14, 30:40] = 1.0
+    pipeline.scorer = lambda image, external: ScoreMap(scores, "some scorer", Calibration.linear())
+    rgb, found = np.zeros((32, 48, 3), np.uint8), result(0)
+    replayed = replayed_result(pipeline, rgb, found.instances, found.refined.numpy(), {})
+    assert replayed.prompts.boxes_xyxy.tolist() == [[4, 4, 14, 14]]
+    assert torch.equal(replayed.prompts.boxes_xyxy, pipeline.box_prompts(replayed.score_map, pipeline.ignore_for(32, 48)).boxes_xyxy)
 
 
 def test_the_page_shows_latency_drops_and_problems(tmp_path):

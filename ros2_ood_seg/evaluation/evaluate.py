@@ -37,6 +37,8 @@ EXACT_PIXELS = 512_000_000
 """Up to this many pixels scores are pooled exactly (about 20 bytes of disk a pixel while it runs); beyond it they are coarsened."""
 COARSE_BITS = 12
 PICTURE_WIDTH_PX = 640
+NAME_FILES = ("weights", "statistics", "ignore_mask", "weights_dir")
+"""Last parts of the settings that name files or folders."""
 STAMP_BYTES = 1 << 20
 """Of large weights files the beginning and the end tell two apart: weights of another training differ everywhere."""
 
@@ -244,7 +246,8 @@ def pipeline_stamp(config: PipelineConfig) -> str:
     digest = hashlib.sha256(json.dumps(config.model_dump(), sort_keys=True).encode())
     digest.update(_code_stamp())
     package = Path(ros2_ood_seg.__file__).parent
-    named = [Path(str(s.value)) for s in iter_settings(config) if s.kind is str and s.value]
+    # Other texts are names, which folders of results may have, too.
+    named = [Path(str(s.value)) for s in iter_settings(config) if s.name.rpartition(".")[2] in NAME_FILES and s.value]
     folders = [package / "weights", *(path for path in named if path.is_dir())]
     folders += [path for path in search_dirs(None)[1:] if path.is_dir()]
     files = [path for path in named if path.is_file()]

@@ -181,3 +181,13 @@ def test_a_calibration_beside_the_weights_is_part_of_what_a_result_depends_on(tm
     assert calibrated != before
     monkeypatch.setenv("OOD_SEG_WEIGHTS", str(tmp_path))
     assert pipeline_stamp(config) != calibrated
+
+
+def test_a_folder_that_happens_to_have_a_profiles_name_changes_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_profile("compact_s2m")
+    before = pipeline_stamp(config)
+    results = tmp_path / "compact_s2m"
+    results.mkdir()
+    (results / "report.json").write_text("{}")
+    assert pipeline_stamp(config) == before

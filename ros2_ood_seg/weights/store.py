@@ -129,6 +129,13 @@ def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
         half: Store floating-point tensors as float16.
     """
     tensors = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().contiguous() for k, v in state.items()}
+    # Layers that are tied share their memory, which the format does not know.
+    storages: set[int] = set()
+    for name, value in tensors.items():
+        storage = value.untyped_storage().data_ptr()
+        if storage in storages:
+            tensors[name] = value.clone()
+        storages.add(storage)
     partial = path.with_suffix(".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not save_file, which makes files that only their owner may read.

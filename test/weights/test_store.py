@@ -34,6 +34,17 @@ def test_safetensors_round_trip_with_metadata(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["net.safetensors"]
 
 
+def test_tied_layers_are_stored(tmp_path: Path) -> None:
+    values = torch.arange(6.0)
+    save_weights(tmp_path / "tied.safetensors", {"encoder": values, "decoder": values, "bias": values[:2]}, {}, half=False)
+    stored = load_weights(tmp_path / "tied.safetensors").state
+    assert {name: value.tolist() for name, value in stored.items()} == {
+        "encoder": [0, 1, 2, 3, 4, 5],
+        "decoder": [0, 1, 2, 3, 4, 5],
+        "bias": [0, 1],
+    }
+
+
 def test_others_may_read_the_file_as_far_as_the_umask_lets_them(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:

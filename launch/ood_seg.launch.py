@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ament_index_python.packages import get_package_share_directory
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
-from launch.conditions import IfCondition
+from launch.conditions import IfCondition, evaluate_condition_expression
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
@@ -32,11 +32,15 @@ def start(context: LaunchContext) -> list[Node]:
     def value(name: str) -> str:
         return LaunchConfiguration(name).perform(context)
 
+    def is_true(name: str) -> bool:
+        # As conditions read them: true, false, 1 and 0 only.
+        return bool(evaluate_condition_expression(context, [LaunchConfiguration(name)]))
+
     parameters = {
         "profile": value("profile"),
         "image_transport": value("transport"),
-        "autostart": value("autostart").lower() == "true",
-        "use_sim_time": value("use_sim_time").lower() == "true",
+        "autostart": is_true("autostart"),
+        "use_sim_time": is_true("use_sim_time"),
     }
     parameters |= {
         name: value(argument) for name, argument in (("runtime.device", "device"), ("weights_dir", "weights_dir")) if value(argument)

@@ -58,8 +58,8 @@ def _run(args: argparse.Namespace) -> int:
     options = {"profile": args.profile, "warm_up.width": args.width, "warm_up.height": args.height}
     command = [sys.executable, "-m", "ros2_ood_seg.ros.node", "--ros-args"]
     node = subprocess.Popen([*command, *(word for name, value in options.items() for word in ("-p", f"{name}:={value}"))])
-    rclpy.init(args=[])
     try:
+        rclpy.init(args=[])
         rows = _measure(_Probe(node, args.images, external), args)
     finally:
         rclpy.try_shutdown()

@@ -67,6 +67,35 @@ def test_a_replay_may_start_at_once(delay: str, seconds: float) -> None:
     assert float(words[words.index("--delay") + 1]) == seconds
 
 
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("True", True), ("1", True), ("false", False), ("0", False)])
+def test_switches_are_read_as_conditions_are(word: str, value: bool) -> None:
+    pytest.importorskip("launch_ros", reason="launch is not installed")
+    from launch_ros.utilities import evaluate_parameters
+
+    from launch import LaunchContext
+
+    module = load("ood_seg")
+    context = LaunchContext()
+    given = {name: default for name, default, _ in module.ARGUMENTS} | {"autostart": word, "use_sim_time": word, "rviz": "false"}
+    context.launch_configurations.update(given)
+    node, _ = module.start(context)
+    (parameters, *_) = evaluate_parameters(context, node._Node__parameters)
+    assert (parameters["autostart"], parameters["use_sim_time"]) == (value, value)
+
+
+def test_a_switch_that_is_neither_is_refused() -> None:
+    pytest.importorskip("launch_ros", reason="launch is not installed")
+    from launch.conditions import InvalidConditionExpressionError
+
+    from launch import LaunchContext
+
+    module = load("ood_seg")
+    context = LaunchContext()
+    context.launch_configurations.update({name: default for name, default, _ in module.ARGUMENTS} | {"autostart": "on"})
+    with pytest.raises(InvalidConditionExpressionError, match="on"):
+        module.start(context)
+
+
 def test_rviz_shows_the_nodes_images_with_their_quality_of_service() -> None:
     displays = yaml.safe_load((ROOT / "rviz" / "ood_seg.rviz").read_text())["Visualization Manager"]["Displays"]
     topics = {display["Topic"]["Value"]: display["Topic"] for display in displays if display["Class"].endswith("/Image")}

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ros2_ood_seg.types import Instances, label_image
 
@@ -81,16 +82,12 @@ class DisjointInstances:
             min_area_px: An instance that would own fewer pixels, and none at all in any case, is dropped.
         """
         masks, boxes = instances.masks[:MAX_INSTANCES], instances.boxes_xyxy[:MAX_INSTANCES]
-        kept = np.arange(len(masks))
-        while True:
-            labels = label_image(masks, boxes).cpu().numpy().astype(np.uint16)
-            runs = dict(_label_runs(labels))
-            large = np.array([label - 1 for label, own in runs.items() if own.area_px >= min_area_px], dtype=np.int64)
-            if len(large) == len(kept):
-                return cls(instances, kept, labels, tuple(runs.values()))
-            # Once more: pixels of what is dropped may belong to another one.
-            chosen = torch.as_tensor(large, device=masks.device)
-            kept, masks, boxes = kept[large], masks[chosen], boxes[chosen]
+        kept = _owners(masks, boxes, min_area_px)
+        if len(kept) < len(masks):
+            chosen = torch.as_tensor(kept, device=masks.device)
+            masks, boxes = masks[chosen], boxes[chosen]
+        labels = label_image(masks, boxes).cpu().numpy().astype(np.uint16)
+        return cls(instances, kept, labels, tuple(runs for _, runs in _label_runs(labels)))
 
     def instances(self) -> Instances:
         """The kept instances with their whole masks, overlaps and all."""
@@ -103,6 +100,19 @@ class DisjointInstances:
         found = self.source
         columns = (found.track_ids, found.scores, found.raw_scores, found.mask_quality)
         return zip(self.runs, *(column.cpu().numpy()[self.kept].tolist() for column in columns), strict=True)
+
+
+def _owners(masks: Tensor, boxes_xyxy: Tensor, min_area_px: int) -> NDArray[np.int64]:
+    """Index of the masks, best first, that have enough pixels which no better one of them has; what is dropped takes none away."""
+    free = torch.ones(masks.shape[1:], dtype=torch.bool, device=masks.device)
+    kept = []
+    for k, (x_min, y_min, x_max, y_max) in enumerate(boxes_xyxy.int().tolist()):
+        window = free[y_min:y_max, x_min:x_max]
+        own = masks[k, y_min:y_max, x_min:x_max] & window
+        if int(torch.count_nonzero(own)) >= max(1, min_area_px):
+            window ^= own
+            kept.append(k)
+    return np.array(kept, dtype=np.int64)
 
 
 def _label_runs(labels: NDArray[np.uint16]) -> Iterator[tuple[int, Runs]]:

@@ -50,6 +50,26 @@ def test_what_better_masks_leave_of_one_is_no_instance_when_it_is_too_small() ->
     assert not DisjointInstances.from_instances(instances, min_area_px=1000).labels.any()
 
 
+@given(seed=st.integers(0, 10_000), count=st.integers(0, 8), least=st.integers(1, 30))
+def test_an_instance_is_dropped_only_when_better_ones_that_stay_leave_too_little_of_it(seed: int, count: int, least: int) -> None:
+    random = np.random.default_rng(seed)
+    masks = np.zeros((count, 10, 14), bool)
+    for mask in masks:
+        y, x = random.integers(0, 10), random.integers(0, 14)
+        mask[y : y + random.integers(1, 8), x : x + random.integers(1, 8)] = True
+    labels = np.zeros((10, 14), int)
+    kept = []
+    for k, mask in enumerate(masks):
+        own = mask & (labels == 0)
+        if own.sum() >= least:
+            kept.append(k)
+            labels[own] = len(kept)
+    disjoint = DisjointInstances.from_instances(make_result(masks).instances, least)
+    assert disjoint.kept.tolist() == kept
+    np.testing.assert_array_equal(disjoint.labels, labels)
+    assert [runs.area_px for runs in disjoint.runs] == [np.count_nonzero(labels == k + 1) for k in range(len(kept))]
+
+
 @given(seed=st.integers(0, 10_000), count=st.integers(0, 8), height=st.integers(1, 12), width=st.integers(1, 12))
 def test_masks_label_image_boxes_and_areas_agree(seed: int, count: int, height: int, width: int) -> None:
     random = np.random.default_rng(seed)

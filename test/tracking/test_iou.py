@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from ros2_ood_seg.config import TrackingConfig
@@ -59,6 +60,18 @@ def test_assignment_is_the_best_one_together() -> None:
     track.update(seen((20, 20), (26, 20)))
     # The square at 23 overlaps both tracks alike; taking the first for it would leave the one at 20 with nothing.
     assert track.update(seen((23, 20), (20, 20))).track_ids.tolist() == [2, 1]
+
+
+def test_a_track_follows_its_object_however_far_it_goes() -> None:
+    track = tracker(max_age=1)
+    assert [track.update(seen((4 * k, 2 * k))).track_ids.tolist() for k in range(20)] == [[1]] * 20
+
+
+@pytest.mark.parametrize("corner_xy", [(16, 16), (16, 0), (0, 16), (23, 23)])
+def test_boxes_apart_do_not_overlap(corner_xy: tuple[int, int]) -> None:
+    track = tracker(iou=0.05)
+    track.update(seen((0, 0)))
+    assert track.update(seen(corner_xy)).track_ids.tolist() == [2]
 
 
 def test_reset_starts_from_one() -> None:

@@ -53,6 +53,10 @@ def test_equals_the_definition(seed: int, density: float, minimum: Minimum) -> N
     np.testing.assert_allclose(sorted(result.ppv), sorted(ppv), atol=1e-12)
 
 
+def test_tracks_have_the_sizes_of_the_benchmark() -> None:
+    assert {"anomaly": Minimum(predicted_px=500, truth_px=100), "obstacle": Minimum(predicted_px=50, truth_px=10)} == TRACKS
+
+
 def test_perfect_prediction_on_real_labels(shared_dir: Path) -> None:
     for name, track in (("road_anomaly_21", "anomaly"), ("road_obstacle_21", "obstacle")):
         dataset = open_dataset("folder", shared_dir / "data" / name)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from ros2_ood_seg.errors import InputError
@@ -12,6 +13,7 @@ from ros2_ood_seg.evaluation.component import Minimum
 from ros2_ood_seg.evaluation.datasets import LabelledImage
 from ros2_ood_seg.evaluation.measure import FrameMeasure, MapCounts, Maps, measure
 from ros2_ood_seg.evaluation.store import PartStore
+from ros2_ood_seg.types import Calibration, FrameResult, Instances, Prompts, ScoreMap
 
 SHAPE = (40, 60)
 
@@ -58,6 +60,39 @@ def test_sweeps_and_range() -> None:
     assert found.score_range == (-3.0, 7.0)
     assert (found.masks.positives, found.masks.hits[0], found.masks.extra[0]) == (136, 80, 0)
     assert (found.masks.hits[49], found.masks.hits[50]) == (80, 0)
+
+
+def test_released_code_counts_what_is_predicted_on_ignored_pixels_as_wrong() -> None:
+    one = maps(None)
+    confidence = one.confidence.copy()
+    confidence[1:4, :7] = 0.25
+    found = measure(frame(), dataclasses.replace(one, confidence=confidence), Minimum(0, 0))[0]
+    # Of the 21 px more, 14 are ignored.
+    assert (found.masks.hits[0], found.masks.extra[0], found.masks.extra[25]) == (80, 7, 0)
+    assert (found.masks_code.hits[0], found.masks_code.extra[0], found.masks_code.extra[25]) == (80, 21, 0)
+
+
+def test_confidence_is_the_best_score_of_the_masks_at_a_pixel() -> None:
+    masks = torch.zeros((3, 6, 9), dtype=torch.bool)
+    masks[0, 1:3, 1:4], masks[1, 2:5, 2:8], masks[2, 5, :3] = True, True, True
+    scores = torch.tensor([0.9, 0.4, 0.0])
+    instances = Instances.from_masks(masks, scores, 10 * scores, scores)
+    refined = torch.linspace(-1, 1, 54).reshape(6, 9)
+    prompts = Prompts.from_boxes(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(1))
+    result = FrameResult(instances, ScoreMap(refined * 2, "test", Calibration.linear()), prompts, refined)
+    made = Maps.from_result(result, refined_is_confidence=False, has_boxes=True)
+    expected = np.where(masks[0], np.float32(0.9), np.where(masks[1], np.float32(0.4), np.float32(0)))
+    np.testing.assert_array_equal(np.where(masks[2], 0, made.confidence), expected)
+    # An instance of score 0 belongs to the union of all masks.
+    np.testing.assert_array_equal(made.confidence > 0, masks.any(dim=0))
+    assert (made.confidence[masks[2].numpy()] < 0.01).all()
+    np.testing.assert_array_equal(made.refined, refined)
+    np.testing.assert_array_equal(made.score, 2 * refined)
+    np.testing.assert_array_equal(made.prompt_boxes_xyxy, [[1, 2, 3, 4]])
+    assert made.raw_scores.tolist() == pytest.approx([9.0, 4.0, 0.0])
+    s2m = Maps.from_result(result, refined_is_confidence=True, has_boxes=False)
+    assert s2m.confidence is s2m.refined
+    assert s2m.prompt_boxes_xyxy is None
 
 
 @pytest.mark.parametrize("exact", [True, False])

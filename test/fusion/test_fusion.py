@@ -112,6 +112,7 @@ def test_ugains_is_the_published_procedure(seed: int, count: int) -> None:
     found = fuse("ugains", masks, scores, floor="value", floor_value=-1.0, nms_containment=1.0)
     torch.testing.assert_close(found.refined.double(), refined, rtol=1e-5, atol=1e-5)
     assert found.instances.area_px.tolist() == [int(masks[n].sum()) for n in kept]
+    assert not found.instances.track_ids.any()
     torch.testing.assert_close(found.instances.scores, CALIBRATION.to_unit(found.instances.raw_scores))
 
 
@@ -332,6 +333,24 @@ def test_inside_quantiles_are_those_of_the_pixels(seed: int, count: int, quantil
     for mask, value in zip(masks.numpy(), inside.tolist(), strict=True):
         pixels = np.sort(scores.numpy()[mask])
         assert value == pytest.approx(pixels[round(quantile * (len(pixels) - 1))] if len(pixels) else -7.0)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10_000), count=st.integers(0, 6), with_ignore=st.booleans())
+def test_measures_of_tall_pictures_are_those_of_the_pixels(seed: int, count: int, with_ignore: bool) -> None:
+    # Several bands of rows, in pictures that are higher than wide.
+    rng = np.random.default_rng(seed)
+    height, width = int(rng.integers(1, 260)), int(rng.integers(1, 40))
+    masks = np.zeros((count, height, width), bool)
+    for mask in masks:
+        (x_min, x_max), (y_min, y_max) = np.sort(rng.integers(0, width + 1, 2)), np.sort(rng.integers(0, height + 1, 2))
+        mask[y_min:y_max, x_min:x_max] = rng.random((y_max - y_min, x_max - x_min)) < 0.7
+    scores, ignore = rng.normal(-3.0, 2.0, (height, width)).astype(np.float32), rng.random((height, width)) < 0.3
+    found = measure_masks(torch.from_numpy(masks), torch.from_numpy(scores), torch.from_numpy(ignore) if with_ignore else None, -7.0)
+    assert found.area_px.tolist() == [mask.sum() for mask in masks]
+    assert found.intersection_px.tolist() == [[(a & b).sum() for b in masks] for a in masks]
+    assert found.ignored_px.tolist() == [(mask & ignore).sum() if with_ignore else 0 for mask in masks]
+    np.testing.assert_allclose(found.mean_score, [scores[mask].mean() if mask.any() else -7.0 for mask in masks], rtol=1e-4, atol=1e-5)
 
 
 def test_the_quantile_of_a_large_mask_is_taken_from_a_part_of_its_pixels() -> None:

@@ -61,6 +61,30 @@ def test_contour_and_box_have_the_instance_color():
     assert any(tuple(row[x]) == instance_color(1) for x in range(119, 125)), "contour at the left edge of the disc"
 
 
+@pytest.mark.parametrize("score", [1.0, 0.2])
+def test_rows_and_columns_are_drawn_alike(score):
+    boxes = [(10, 90, 30, 190), (120, 5, 130, 60)]
+    upright, lying = (
+        Instances(**{**make_instances(200, 200, rectangles).__dict__, "scores": torch.full((2,), score)})
+        for rectangles in (boxes, [(y0, x0, y1, x1) for x0, y0, x1, y1 in boxes])
+    )
+    glow = torch.linspace(0, 1, 40_000).reshape(200, 200)
+    drawn = draw_overlay(gray(200, 200), upright, glow, labels=False)
+    np.testing.assert_array_equal(drawn, draw_overlay(gray(200, 200), lying, glow.T.contiguous(), labels=False).transpose(1, 0, 2))
+
+
+def test_legend_shades_the_lower_left_corner():
+    changed = (draw_legend(gray(200, 300), "caption") != 100).any(axis=2)
+    rows, columns = np.nonzero(changed)
+    assert rows.min() > 150
+    assert (columns.min(), columns.max()) < (20, 150)
+    # A dark rectangle with bright text on it, all of it changed.
+    assert changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+    bar = (draw_legend(gray(200, 300), "caption", color_bar=True) != 100).any(axis=2)
+    assert np.nonzero(bar & ~changed)[0].max() < rows.min()
+    assert (bar & ~changed).any(axis=0).sum() == 300 // 4
+
+
 def test_best_instance_stays_on_top():
     instances = make_instances(100, 100, [(20, 20, 80, 80), (30, 30, 70, 70)])
     overlay = draw_overlay(gray(100, 100), instances, alpha=1.0, labels=False)

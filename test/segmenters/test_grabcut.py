@@ -71,6 +71,27 @@ def test_a_box_without_contrast_is_an_ellipse_and_not_nothing() -> None:
     flat = torch.full((100, 160, 3), 90, dtype=torch.uint8)
     mask = segment(flat, [(40.0, 30.0, 100.0, 70.0)], []).masks[0]
     assert 0.35 * 2400 < mask.sum() <= 2400
+    y, x = np.mgrid[:100, :160] + 0.5
+    ellipse = ((x - 70) / 30) ** 2 + ((y - 50) / 20) ** 2 <= 1
+    assert iou(mask, torch.from_numpy(ellipse)) > 0.97
+
+
+@pytest.mark.parametrize("box", [(20, 30, 22, 90), (200, 100, 290, 102), (318, 178, 320, 180)])
+def test_a_box_of_two_pixels_is_taken_whole(box: tuple[int, int, int, int]) -> None:
+    x_min, y_min, x_max, y_max = box
+    mask = segment(scene()[0], [box], []).masks[0]
+    assert mask.sum() == (x_max - x_min) * (y_max - y_min) == mask[y_min:y_max, x_min:x_max].sum()
+
+
+def test_an_object_far_from_the_corner_is_cut_where_it_is() -> None:
+    # High and low, near and far from the upper left corner, in a window that is shrunk in between.
+    picture = np.full((900, 1400, 3), 100, np.uint8)
+    picture += np.random.default_rng(0).integers(0, 12, picture.shape, dtype=np.uint8)
+    truth = np.zeros((900, 1400), bool)
+    truth[150:800, 1020:1180] = True
+    picture[truth] = (190, 60, 40)
+    mask = segment(torch.from_numpy(picture), [(960.0, 100.0, 1240.0, 850.0)], []).masks[0]
+    assert iou(mask, torch.from_numpy(truth)) > 0.85
 
 
 def quarters(low: int, high: int) -> st.SearchStrategy[float]:

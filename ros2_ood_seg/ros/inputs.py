@@ -170,7 +170,12 @@ class FrameSource:
         return self._last_stamp_ns >= self._jumped_from_ns or not of_before
 
     def _on_image(self, image: Image | CompressedImage) -> None:
+        self._images += 1
+        self._on_arrival()
         now_ns = stamp_ns(image)
+        if self._synchronizer is not None and now_ns < 0:
+            # It is left out, and so is no jump of time.
+            return
         if now_ns < self._last_stamp_ns:
             self._epoch += 1
             self._passed_on_ns, self._jumped_from_ns = None, self._last_stamp_ns
@@ -179,8 +184,6 @@ class FrameSource:
                 for queue in self._synchronizer.queues:
                     queue.clear()
         self._last_stamp_ns = now_ns
-        self._images += 1
-        self._on_arrival()
 
     def _pass_on(self, image: Image | CompressedImage, anomaly_map: Image | None = None) -> None:
         now_ns = stamp_ns(image)

@@ -43,6 +43,17 @@ def test_calibration_from_scores_means_what_it_says() -> None:
     assert calibration.unit[-1] == 1.0
 
 
+@pytest.mark.parametrize("decades", [3, 4, 5])
+def test_calibration_goes_on_beyond_the_sample_as_steeply_as_over_its_last_decade(decades: int) -> None:
+    # One in 10**k scores above k; in the last decade that 10 values tell apart, scores grow twice as fast.
+    k = -np.log10(1.0 - (np.arange(10**decades) + 0.5) / 10**decades)
+    bend = decades - 2
+    calibration = Calibration.from_scores(np.random.default_rng(0).permutation(k + np.maximum(k - bend, 0.0)))
+    expected = torch.linspace(0.05, 7.0, 50)
+    raw = expected + (expected - bend).clamp(min=0.0)
+    torch.testing.assert_close(calibration.to_unit(raw), (expected / 6).clamp(max=1.0), atol=0.02, rtol=0)
+
+
 def test_calibration_survives_json() -> None:
     calibration = Calibration.from_scores(np.random.default_rng(0).normal(size=5000))
     assert Calibration.from_dict(calibration.to_dict()) == calibration

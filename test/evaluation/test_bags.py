@@ -44,6 +44,7 @@ def sample(request, tmp_path_factory) -> Path:
 
 def test_images_come_back_bit_for_bit_in_order(sample):
     with BagReader(sample) as bag:
+        assert (bag.start_ns, bag.end_ns) == (min(STAMPS), max(STAMPS))
         images = list(bag.iter_images("/cam/image"))
         assert [i.stamp_ns for i in images] == STAMPS
         assert [i.time_ns for i in images] == STAMPS

@@ -6,14 +6,17 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ros2_ood_seg.config import BoxPromptsConfig
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.prompts import BOX_PROMPTS
-from ros2_ood_seg.prompts.faster_rcnn import Detector, RcnnBoxes, build, build_compact
+from ros2_ood_seg.prompts.faster_rcnn import Detector, RcnnBoxes, _ignored_fraction, build, build_compact
 from ros2_ood_seg.prompts.networks.rcnn import MapInput, compact_rcnn, mobilenet_rcnn
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.types import Calibration, ScoreMap
@@ -115,6 +118,30 @@ def test_tiles_enlarge_and_drop_what_their_borders_cut() -> None:
     torch.testing.assert_close(boxes, torch.tensor([[200.0, 10.0, 210.0, 16.0]]), atol=1.0, rtol=0)
     across = generate(score_map([(20, 10, 220, 110)])).boxes_xyxy
     assert across.tolist() == [[20, 10, 220, 110]]
+
+
+@pytest.mark.parametrize("place", [(0, 51, 1, 53), (239, 51, 240, 53), (101, 0, 103, 1), (101, 119, 103, 120)])
+def test_tiles_keep_what_lies_at_the_maps_own_border(place: tuple[int, int, int, int]) -> None:
+    generate, _ = generator(input_width=120, tiles=3)
+    assert len(generator(input_width=120)[0](score_map([place]))) == 0, "too small in the shrunk map"
+    boxes = generate(score_map([place])).boxes_xyxy
+    torch.testing.assert_close(boxes, torch.tensor([place]).float(), atol=1.5, rtol=0)
+
+
+@given(seed=st.integers(0, 2**16), count=st.integers(0, 5))
+def test_ignored_fraction_is_that_of_the_boxes_pixels(seed: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    height, width = int(rng.integers(1, 30)), int(rng.integers(1, 30))
+    ignore = rng.random((height, width)) < 0.5
+    # Boxes of at least half a pixel inside the map.
+    low, high = np.sort(rng.random((2, count, 2)) * [width, height], axis=0)
+    low, high = np.minimum(low, [width - 0.5, height - 0.5]), np.maximum(high, low + 0.5).clip(max=[width, height])
+    found = _ignored_fraction(torch.from_numpy(np.hstack([low, high])), torch.from_numpy(ignore))
+    expected = [
+        ignore[int(np.floor(y0)) : int(np.ceil(y1)), int(np.floor(x0)) : int(np.ceil(x1))].mean()
+        for (x0, y0), (x1, y1) in zip(low, high, strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_tiles_of_a_detector_without_a_width_are_as_wide_as_the_map() -> None:

@@ -102,22 +102,39 @@ def test_frames_come_in_the_order_of_time_whenever_their_maps_come(data: st.Data
 
 def test_what_waits_when_time_jumps_back_is_dropped_and_maps_of_then_are_not_waited_for() -> None:
     wiring = Wiring(queue_size=3)
-    wiring.send("image", 100, 101, 102)
+    wiring.send("image", 100)
     wiring.send("anomaly_map", 100)
+    wiring.send("image", 101, 102, 103)
+    # Images that wait from then would push out this one.
     wiring.send("image", 5)
-    # These were still on their way; kept, they would push out the maps of now.
+    # These maps were still on their way; kept, they would push out those of now.
     wiring.send("anomaly_map", 101, 102, 103)
     wiring.send("anomaly_map", 5)
     # A map may come a little before its image.
     wiring.send("anomaly_map", 5.9)
     wiring.send("image", 5.9)
     assert wiring.answered == [(0, 100), (1, 5), (1, 5.9)]
-    assert wiring.source.waiting == 2
+    assert wiring.source.waiting == 3
     # Where time is again where it jumped from, maps count again.
     wiring.send("image", 103)
     wiring.send("anomaly_map", 103, 104)
     wiring.send("image", 104)
     assert wiring.answered[3:] == [(1, 103), (1, 104)]
+
+
+def test_after_a_small_jump_back_maps_may_still_come_before_their_images() -> None:
+    wiring = Wiring(queue_size=3)
+    wiring.send("image", 100, 99)
+    wiring.send("anomaly_map", 99.9, 100)
+    wiring.send("image", 99.9)
+    assert wiring.answered == [(1, 99.9)]
+    # This one was on its way when time jumped, more than a second ahead of the images of now.
+    wiring = Wiring(queue_size=1)
+    wiring.send("image", 100, 97)
+    wiring.send("anomaly_map", 97, 100)
+    wiring.send("image", 98)
+    wiring.send("anomaly_map", 98)
+    assert wiring.answered == [(1, 97), (1, 98)]
 
 
 def test_an_image_stamped_before_1970_changes_nothing_for_the_others() -> None:

@@ -52,6 +52,12 @@ def test_near_stamps_meet_within_the_slop(module: Any) -> None:
     assert run(module, [(0, 1), (0, 4), (1, 3), (1, 9)], queue_size=5, slop=0.15) == [(1, 2)]
 
 
+@pytest.mark.parametrize("module", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("waiting", "nearest"), [((1, 4), 1), ((4, 1), 0), ((2, 5), 0), ((5, 2), 1)])
+def test_of_several_near_stamps_the_nearest_is_taken(module: Any, waiting: tuple[int, int], nearest: int) -> None:
+    assert run(module, [(1, waiting[0]), (1, waiting[1]), (0, 3)], queue_size=5, slop=0.31) == [(2, nearest)]
+
+
 @pytest.mark.skipif(message_filters is None, reason="message_filters is not installed")
 @given(arrivals=ARRIVALS, queue_size=st.integers(1, 4), slop=st.none() | st.sampled_from([0.05, 0.15, 0.31]))
 def test_the_stand_in_does_what_message_filters_does(arrivals: list[tuple[int, int]], queue_size: int, slop: float | None) -> None:

@@ -67,6 +67,16 @@ def test_a_track_follows_its_object_however_far_it_goes() -> None:
     assert [track.update(seen((4 * k, 2 * k))).track_ids.tolist() for k in range(20)] == [[1]] * 20
 
 
+def test_other_settings_count_from_the_next_frame_on() -> None:
+    track = tracker(iou=0.2, max_age=5)
+    assert track.update(seen((20, 20))).track_ids.tolist() == [1]
+    track.configure(TrackingConfig(enabled=True, iou=0.9, max_age=5))
+    assert track.update(seen((22, 20))).track_ids.tolist() == [2]
+    track.configure(TrackingConfig(enabled=False))
+    track.configure(TrackingConfig(enabled=True, iou=0.2))
+    assert track.update(seen((22, 20))).track_ids.tolist() == [3], "switched off, all tracks end, but no number is used again"
+
+
 @pytest.mark.parametrize("corner_xy", [(16, 16), (16, 0), (0, 16), (23, 23)])
 def test_boxes_apart_do_not_overlap(corner_xy: tuple[int, int]) -> None:
     track = tracker(iou=0.05)

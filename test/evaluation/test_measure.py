@@ -55,6 +55,25 @@ def test_box_recall_is_zero_without_boxes_and_unknown_without_box_prompts() -> N
     assert np.isnan(figures(None).truth.box_iou).all()
 
 
+def test_without_predictions_nothing_is_found() -> None:
+    one = maps([])
+    none = dataclasses.replace(
+        one, masks=one.masks[:0], boxes_xyxy=one.boxes_xyxy[:0], scores=one.scores[:0], raw_scores=one.raw_scores[:0]
+    )
+    found = measure(frame(), none, Minimum(0, 0))[0]
+    np.testing.assert_array_equal(found.truth.area_px, [100, 36])
+    np.testing.assert_array_equal(found.truth.mask_iou, [0.0, 0.0])
+    assert found.instances.scores.size == 0
+
+
+def test_least_sizes_are_those_of_the_truth_and_ranks_follow_the_scores() -> None:
+    found = measure(frame(), maps(None), Minimum(1000, 50))[0]
+    # The object of 36 px is ignored; the predicted component of 80 px counts, as it was not made by a threshold.
+    np.testing.assert_allclose(found.components.siou, [0.8])
+    np.testing.assert_allclose(found.components.ppv, [1.0])
+    np.testing.assert_allclose(found.instances.scores, [0.5], atol=1e-8)
+
+
 def test_sweeps_and_range() -> None:
     found = figures(None)
     assert found.score_range == (-3.0, 7.0)

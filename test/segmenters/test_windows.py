@@ -23,6 +23,25 @@ def test_clipped_boxes_lie_inside_and_have_area(box: tuple[float, float, float, 
         assert y1 <= height
 
 
+def test_slivers_get_one_pixel_inside_the_image() -> None:
+    assert clip_box((39.5, 29.5, 45.0, 35.0), (30, 40)) == (39.0, 29.0, 40.0, 30.0)
+    assert clip_box((2.0, 3.0, 2.5, 3.25), (30, 40)) == (2.0, 3.0, 3.0, 4.0)
+
+
+@given(st.tuples(some_float, some_float, some_float, some_float), st.integers(1, 90), st.integers(1, 90))
+def test_a_clipped_box_is_the_part_in_the_image_and_no_larger_than_it_must_be(
+    box: tuple[float, float, float, float], height: int, width: int
+) -> None:
+    part = max(box[0], 0.0), max(box[1], 0.0), min(box[2], width), min(box[3], height)
+    clipped = clip_box(box, (height, width))
+    assert (clipped is None) == (part[0] >= part[2] or part[1] >= part[3])
+    if clipped is not None:
+        for k in (0, 1):
+            assert clipped[k] <= part[k]
+            assert clipped[k + 2] >= part[k + 2]
+            assert clipped[k + 2] - clipped[k] == pytest.approx(max(1.0, part[k + 2] - part[k]))
+
+
 @pytest.mark.parametrize(
     "box", [(float("nan"), 0, 9, 9), (0, 0, float("inf"), 9), (5, 5, 5, 9), (9, 5, 3, 9), (40, 0, 50, 9), (-9, -9, 0, 0)]
 )

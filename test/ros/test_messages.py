@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,8 +140,23 @@ def test_latency_counts_from_the_stamp() -> None:
     assert math.isnan(latency_ms(0, HEADER))
 
 
-@pytest.mark.skipif(compat.vision_msgs is None, reason="vision_msgs is not installed")
-def test_detections_are_centred() -> None:
+def vision_stand_in() -> SimpleNamespace:
+    """The fields of vision_msgs that are filled in, for environments without it."""
+
+    def detection(header: Header, id: str) -> SimpleNamespace:
+        box = SimpleNamespace(center=SimpleNamespace(position=SimpleNamespace()))
+        return SimpleNamespace(header=header, id=id, bbox=box, results=[])
+
+    return SimpleNamespace(
+        Detection2DArray=lambda header: SimpleNamespace(header=header, detections=[]),
+        Detection2D=detection,
+        ObjectHypothesisWithPose=lambda: SimpleNamespace(hypothesis=SimpleNamespace()),
+    )
+
+
+def test_detections_are_centred(monkeypatch: pytest.MonkeyPatch) -> None:
+    if compat.vision_msgs is None:
+        monkeypatch.setattr(compat, "vision_msgs", vision_stand_in())
     masks = np.zeros((1, 10, 10), bool)
     masks[0, 2:6, 1:9] = True
     result = make_result(masks, scores=[0.75])
@@ -151,3 +167,7 @@ def test_detections_are_centred() -> None:
     assert detection.results[0].hypothesis.class_id == "anomaly"
     assert detection.results[0].hypothesis.score == pytest.approx(0.75)
     assert detection.header == HEADER
+    assert detection.id == "", "tracking is off"
+    array = instances_message(DisjointInstances.from_instances(result.instances), result, HEADER)
+    array.instances[0].track_id = 7
+    assert detections_message(array).detections[0].id == "7"

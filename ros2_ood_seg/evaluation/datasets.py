@@ -137,6 +137,16 @@ def _read(path: Path) -> NDArray[Any]:
         raise InputError(f"'{path}' cannot be read as labels: {error}") from error
 
 
+def _single(path: Path, allowed: str) -> NDArray[Any]:
+    """(H, W) numbers of a file with one channel, or with three equal ones."""
+    raw = _read(path)
+    if raw.ndim == 2:
+        return raw
+    if not all(np.array_equal(raw[..., 0], raw[..., c]) for c in range(1, min(raw.shape[2], 3))):
+        raise InputError(f"'{path}' is a colour image; {allowed}")
+    return np.ascontiguousarray(raw[..., 0])
+
+
 def read_labels(path: Path, values: Mapping[int, int] = IDENTITY) -> NDArray[np.uint8]:
     """A label file as (H, W) uint8 of 0, 1 and 255.
 
@@ -147,11 +157,7 @@ def read_labels(path: Path, values: Mapping[int, int] = IDENTITY) -> NDArray[np.
     Raises:
         InputError: Unreadable, coloured, or a value that is not in ``values``.
     """
-    raw = _read(path)
-    if raw.ndim == 3:
-        if not all(np.array_equal(raw[..., 0], raw[..., c]) for c in range(1, min(raw.shape[2], 3))):
-            raise InputError(f"'{path}' is a colour image; labels are single-channel with values {_listed(values)}")
-        raw = np.ascontiguousarray(raw[..., 0])
+    raw = _single(path, f"labels are single-channel with values {_listed(values)}")
     table = np.full(256, 254, np.uint8)
     for value, meaning in values.items():
         table[value] = meaning
@@ -163,8 +169,12 @@ def read_labels(path: Path, values: Mapping[int, int] = IDENTITY) -> NDArray[np.
 
 
 def read_cityscapes_ids(path: Path) -> NDArray[np.uint8]:
-    """Cityscapes instance ids as (H, W) uint8: numbered instances are anomalies, classes that are void there are ignored."""
-    ids = _read(path)
+    """Cityscapes instance ids as (H, W) uint8: numbered instances are anomalies, classes that are void there are ignored.
+
+    Raises:
+        InputError: Unreadable or coloured.
+    """
+    ids = _single(path, "Cityscapes instance ids are single-channel numbers of 16 bit")
     label = np.where(np.isin(ids, CITYSCAPES_VOID), np.uint8(255), np.uint8(0))
     label[ids >= 1000] = 1
     return label

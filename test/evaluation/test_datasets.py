@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.evaluation.datasets import LAYOUTS, labelled_image, open_dataset, read_map
+from ros2_ood_seg.evaluation.datasets import LAYOUTS, labelled_image, open_dataset, read_cityscapes_ids, read_map
 from ros2_ood_seg.image_encodings import decode_compressed_labels
 
 LABEL = np.array([[0, 1, 1, 255], [0, 0, 0, 255], [1, 0, 0, 255]], np.uint8)
@@ -303,6 +303,17 @@ def test_predictions_beside_the_images_are_no_instances(tmp_path: Path) -> None:
     (tmp_path / "instances").mkdir()
     (tmp_path / "instances" / "a.json").write_text("{}")
     assert open_dataset("folder", tmp_path).sources[0].instances is None
+
+
+def test_oodis_takes_ids_of_one_channel_only(tmp_path: Path) -> None:
+    oodis(tmp_path)
+    path = tmp_path / "gt" / "04_Weg_000000_000030_gtCoarse_instanceIds.png"
+    ids = coded({0: 7, 1: 26003, 255: 0}, np.uint16)
+    put(path, np.dstack([ids, ids, ids]))
+    np.testing.assert_array_equal(read_cityscapes_ids(path), LABEL)
+    put(path, np.dstack([ids, ids // 2, ids]))
+    with pytest.raises(InputError, match="is a colour image; Cityscapes instance ids are single-channel"):
+        next(iter(open_dataset("oodis", tmp_path)))
 
 
 def test_oodis_takes_images_and_no_label_maps(tmp_path: Path) -> None:

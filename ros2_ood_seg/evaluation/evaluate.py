@@ -145,10 +145,13 @@ class Evaluation:
         if not self.overlap:
             self._finish_measuring()
         idle_ms = load_ms if self._idle_since is None else (time.perf_counter() - self._idle_since) * 1e3
-        if not self._warm:
-            self.pipeline.warm_up(*frame.label.shape)
-            self._warm = True
-        result = self.pipeline.run(frame.image, external)
+        try:
+            if not self._warm:
+                self.pipeline.warm_up(*frame.label.shape)
+                self._warm = True
+            result = self.pipeline.run(frame.image, external)
+        except InputError as error:
+            raise InputError(f"frame '{frame.name}': {error}") from error
         self._idle_since = time.perf_counter()
         self._start_measuring(frame, result, {"load": load_ms, "idle": idle_ms})
         return result

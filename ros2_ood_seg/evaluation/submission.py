@@ -189,7 +189,11 @@ def run_submission(args: argparse.Namespace) -> int:
     pipeline = Pipeline.from_config(config)
     for target in tqdm(missing, total=len(targets), initial=len(targets) - len(missing), desc=f"{config.profile}", unit="image"):
         external = read_map(args.external / f"{target.name}.npy") if args.external else None
-        result = pipeline.run(read_rgb(target.image), external)
+        image = read_rgb(target.image)
+        try:
+            result = pipeline.run(image, external)
+        except InputError as error:
+            raise InputError(f"'{target.image}': {error}") from error
         if args.benchmark == "smiyc":
             write_smiyc(target.file, MAPS[args.map or "refined"](result).cpu().numpy())
         else:

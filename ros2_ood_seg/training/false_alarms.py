@@ -116,7 +116,7 @@ def measure(pipeline: Pipeline, frames: Frames, worst: Worst) -> dict[str, Any]:
         are labels.
 
     Raises:
-        InputError: An unreadable frame.
+        InputError: A frame that cannot be read or used.
     """
     found: list[float] = []
     alarmed, pixels, high = 0, 0, 0
@@ -124,7 +124,10 @@ def measure(pipeline: Pipeline, frames: Frames, worst: Worst) -> dict[str, Any]:
     accuracy = ClassAccuracy()
     for road in tqdm(frames.images, desc=frames.name, unit="frame", mininterval=2.0):
         image, truth = road.read()
-        result = pipeline.run(image)
+        try:
+            result = pipeline.run(image)
+        except InputError as error:
+            raise InputError(f"'{road.image}': {error}") from error
         scores = result.instances.scores.cpu().numpy()
         found += scores.tolist()
         alarmed += bool((scores > 0.5).any())

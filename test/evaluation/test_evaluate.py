@@ -240,6 +240,14 @@ def test_score_maps_that_are_not_finite_are_refused(data: Path, tmp_path: Path, 
     assert "finite" in capsys.readouterr().err
 
 
+def test_pictures_that_cannot_be_used_are_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("images", "labels"):
+        cv2.imwrite(str(data / folder / "1.png"), np.zeros((8, 200), np.uint8))
+    arguments = ["evaluate", "--root", str(data), "--external", str(data / "maps"), "--output", str(tmp_path / "report.json")]
+    assert main([*arguments, *EXTERNAL]) == 2
+    assert "frame '1': image is 200x8 px, its sides must be 16 to 16384 px" in capsys.readouterr().err
+
+
 def test_masks_of_0_and_255_are_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (data / "labels").iterdir():
         cv2.imwrite(str(path), np.where(cv2.imread(str(path), cv2.IMREAD_UNCHANGED) == 1, 255, 0).astype(np.uint8))

@@ -118,6 +118,12 @@ def test_scores_beyond_half_precision_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "a.hdf5").exists()
 
 
+def test_pictures_that_cannot_be_used_are_named(anomaly_track: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cv2.imwrite(str(anomaly_track / "images" / "dog0002.jpg"), np.zeros((8, 200), np.uint8))
+    assert submit("oodis", anomaly_track) == 2
+    assert f"'{anomaly_track / 'images' / 'dog0002.jpg'}': image is 200x8 px" in capsys.readouterr().err
+
+
 def test_bad_arguments_end_with_2_and_one_line(anomaly_track: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (anomaly_track.parent / "val" / "images").mkdir(parents=True)
     cv2.imwrite(str(anomaly_track.parent / "val" / "images" / "validation0001.png"), np.zeros((*SHAPE, 3), np.uint8))

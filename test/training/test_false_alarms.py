@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import cast
 
@@ -12,6 +13,7 @@ from sklearn.metrics import jaccard_score
 
 from ros2_ood_seg.cli import main
 from ros2_ood_seg.config import FusionConfig
+from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.fusion.overlaps import reported
 from ros2_ood_seg.pipeline import Pipeline
 from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES
@@ -61,6 +63,16 @@ def test_what_is_counted(data_dir: Path) -> None:
     assert row["pixels_above_0.5"] == 0.5
     assert row["miou"] == 1.0
     assert worst.picture() is not None
+
+
+def test_frames_that_cannot_be_used_are_named(data_dir: Path) -> None:
+    class Refusing:
+        def run(self, image: np.ndarray) -> FrameResult:
+            raise InputError("too small")
+
+    frames = Frames("camvid", read_camvid(data_dir / "camvid", "val"))
+    with pytest.raises(InputError, match=f"'{re.escape(str(frames.images[0].image))}': too small"):
+        measure(cast("Pipeline", Refusing()), frames, Worst(1))
 
 
 def test_score_that_few_exceed() -> None:

@@ -30,7 +30,8 @@ class BagWriter:
         path: A folder to make; or, ending in ``.mcap``, a single file.
         storage: Format of the file inside the folder.
         replace: A single file may replace an older one, when it is complete.
-        keep_unfinished: What was written before an error is closed properly and stays; otherwise it is removed.
+        keep_unfinished: What was written before an error is closed properly and stays; otherwise it is removed, as it is when the disk is
+            full and has no room for the index that a reader needs.
 
     Raises:
         InputError: The path exists, or its folder cannot be written.

@@ -76,7 +76,7 @@ class ResultsBag:
     """Writes answers as one MCAP file; use it as a context manager. Log times are those of the source images.
 
     Compressed source images are copied byte for byte, raw ones become JPEG under ``<topic>/compressed``: everything can be seen in this
-    one file, and it does not grow as the recording did. What was written before an error stays.
+    one file, and it does not grow as the recording did. What was written before an error stays, unless that was a full disk.
 
     Args:
         path: File to write; an older one is replaced.

@@ -21,5 +21,8 @@ class ProcessError(RuntimeError):
 
 def os_error_text(error: OSError) -> str:
     """A full disk, a folder that cannot be written: in one line with the file, where it is known."""
+    # NumPy's way to say that an array does not fit on the disk.
+    if error.errno is None and "requested and" in str(error):
+        return f"an array cannot be written, the disk is full ({error} values)"
     where = f"'{error.filename}': " if error.filename else ""
     return f"{where}{error.strerror or error}"

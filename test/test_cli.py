@@ -65,6 +65,10 @@ def test_what_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, cap
     for error, words in (
         (OSError(28, "No space left on device"), "ood-seg: No space"),
         (PermissionError(13, "no", "/a"), "ood-seg: '/a': no"),
+        (
+            OSError("230400 requested and 99 written"),
+            "ood-seg: an array cannot be written, the disk is full (230400 requested and 99 written",
+        ),
     ):
 
         def run(_args: object, error: OSError = error) -> int:

@@ -103,6 +103,24 @@ class DataSet:
         """The first ``count`` frames."""
         return replace(self, sources=self.sources[:count])
 
+    def pixels(self) -> int:
+        """Of all label files together; of most only the header is read.
+
+        Raises:
+            InputError: As :meth:`load`, of the first frame or one whose header says nothing.
+        """
+        return self.load(self.sources[0]).label.size + sum(map(self._label_pixels, self.sources[1:]))
+
+    def _label_pixels(self, source: Source) -> int:
+        # Comes with torchvision; OpenCV reads whole files only.
+        from PIL import Image
+
+        try:
+            with Image.open(source.label) as label:
+                return label.width * label.height
+        except (OSError, Image.DecompressionBombError):
+            return self.load(source).label.size
+
     def load(self, source: Source) -> LabelledImage:
         """Reads and checks one frame.
 

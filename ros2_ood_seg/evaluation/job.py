@@ -51,7 +51,7 @@ class Job:
             InputError: Settings, weights or the folder cannot be used.
         """
         fingerprint = {"dataset": [self.dataset.name, str(self.dataset.root)], "external": str(self.external or "")}
-        pixels = len(self.dataset) * self.dataset.load(self.dataset.sources[0]).label.size
+        pixels = self.dataset.pixels()
         evaluation = Evaluation(Pipeline.from_config(self.config), self.work, self.options, fingerprint, pixels, join)
         if not join:
             evaluation.store.keep(source_stamps(self.dataset, self.external))

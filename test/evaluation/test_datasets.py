@@ -167,6 +167,17 @@ def test_a_label_without_image(tmp_path: Path) -> None:
         open_dataset("folder", tmp_path)
 
 
+def test_pixels_of_pictures_of_several_sizes(tmp_path: Path) -> None:
+    shapes = [(3, 4), (30, 40), (7, 2)]
+    for name, shape in zip("abc", shapes, strict=True):
+        put(tmp_path / "images" / f"{name}.png", image(shape=(*shape, 3)))
+        put(tmp_path / "labels" / f"{name}.png", np.zeros(shape, np.uint8))
+    assert open_dataset("folder", tmp_path).pixels() == 3 * 4 + 30 * 40 + 7 * 2
+    (tmp_path / "labels" / "b.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"labels/b\.png' cannot be read"):
+        open_dataset("folder", tmp_path).pixels()
+
+
 def test_two_images_of_one_stem(tmp_path: Path) -> None:
     plain(tmp_path)
     put(tmp_path / "images" / "a.bmp", image())

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ros2_ood_seg.config import load_profile, parse_overrides
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.bags import BagReader, is_bag
-from ros2_ood_seg.evaluation.datasets import read_map
+from ros2_ood_seg.evaluation.datasets import check_external, read_map
 from ros2_ood_seg.evaluation.measure import Maps, instances_json
 from ros2_ood_seg.image_encodings import decode_compressed
 from ros2_ood_seg.pipeline import Pipeline
@@ -252,7 +252,9 @@ def run(args: argparse.Namespace) -> int:
     overrides = parse_overrides(args.set)
     if args.weights_dir:
         overrides["runtime.weights_dir"] = args.weights_dir
-    pipeline = Pipeline.from_config(load_profile(args.profile, overrides))
+    config = load_profile(args.profile, overrides)
+    check_external(args.external, config.scorer.name)
+    pipeline = Pipeline.from_config(config)
     writer = ResultWriter(args.output, args.overlay_format, args.save_scores, args.save_masks)
     frames, instances, total_ms = 0, 0, 0.0
     skipped: list[str] = []

@@ -106,6 +106,24 @@ def test_nothing_readable_is_exit_code_2_without_traceback(work, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "scorer 'external' needs score maps: name their folder with --external"),
+        (("--external", "{work}/nowhere"), "--external '{work}/nowhere' is not a folder"),
+        (("--external", "{work}/maps", "--set", "scorer.name=compact"), "add --set scorer.name=external"),
+    ],
+)
+def test_maps_and_a_scorer_that_do_not_belong_together_are_told_once(work, capsys, arguments, message):
+    for name in "ab":
+        put(work, name)
+    fixed = ["segment", str(work / "images"), "--profile", str(work / "profile.yaml"), "--output", str(work / "out")]
+    assert main([*fixed, *(argument.format(work=work) for argument in arguments)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert message.format(work=work) in error
+    assert not (work / "out").exists()
+
+
 def test_equal_stems_do_not_overwrite_each_other(work):
     first, second = put(work, "a", "x"), put(work, "a", "y")
     assert segment(work, first, second, "--overlay-format", "none") == 0

@@ -14,7 +14,7 @@ from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component, evaluate_bag, pixel
 from ros2_ood_seg.evaluation.compare import comparison
 from ros2_ood_seg.evaluation.counts import counts_path
-from ros2_ood_seg.evaluation.datasets import LAYOUTS, open_dataset
+from ros2_ood_seg.evaluation.datasets import LAYOUTS, check_external, open_dataset
 from ros2_ood_seg.evaluation.evaluate import Evaluation, Options
 from ros2_ood_seg.evaluation.job import Job, run_on_ray
 from ros2_ood_seg.evaluation.report_page import report_html
@@ -97,6 +97,7 @@ def _write(evaluation: Evaluation, output: Path, dataset: str, instance_rule: st
 
 def _evaluate_dataset(args: argparse.Namespace, config: PipelineConfig, output: Path) -> dict[str, Any]:
     dataset = open_dataset(args.dataset or "folder", args.root)
+    check_external(args.external, config.scorer.name)
     if args.max_images:
         dataset = dataset.head(args.max_images)
     minimum = component.TRACKS[dataset.track if args.track == "auto" else args.track]

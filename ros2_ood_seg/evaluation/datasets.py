@@ -217,6 +217,26 @@ def read_map(path: Path) -> NDArray[np.float32]:
     return scores
 
 
+def check_external(folder: Path | None, scorer: str) -> None:
+    """Looks whether score maps from elsewhere and the scorer belong together, before anything is loaded.
+
+    Args:
+        folder: Of ``--external``, or None.
+        scorer: ``scorer.name`` of the settings.
+
+    Raises:
+        InputError: Maps for a scorer that makes its own, no maps for the scorer ``external``, or no such folder.
+    """
+    if folder is None:
+        if scorer == "external":
+            raise InputError("scorer 'external' needs score maps: name their folder with --external")
+        return
+    if scorer != "external":
+        raise InputError(f"scorer '{scorer}' makes its own maps and would not read those of --external: add --set scorer.name=external")
+    if not folder.is_dir():
+        raise InputError(f"--external '{folder}' is not a folder")
+
+
 def _wide(raw: NDArray[np.uint8], table: NDArray[np.uint8]) -> NDArray[np.uint8]:
     label: NDArray[np.uint8] = np.where(raw > 255, np.uint8(254), table[np.minimum(raw, 255).astype(np.uint8)])
     return label

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ros2_ood_seg.config import PipelineConfig
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.bag_evaluation import BagEvaluation, BagJob, BagRun, find_bags
-from ros2_ood_seg.evaluation.datasets import COMPONENT_RULE
+from ros2_ood_seg.evaluation.datasets import COMPONENT_RULE, check_external
 from ros2_ood_seg.evaluation.evaluate import Options
 from ros2_ood_seg.evaluation.events import EventRule
 from ros2_ood_seg.evaluation.job import run_on_ray
@@ -101,6 +101,7 @@ def evaluate_bags(args: argparse.Namespace, config: PipelineConfig, output: Path
         pictures=args.results == "full",
         replayed="" if replay is None else f"{args.realtime} {args.stale_after}",
     )
+    check_external(args.external, config.scorer.name)
     evaluation = BagEvaluation(job)
     missing = [run for run in job.runs if evaluation.finished(run) is None]
     if len(missing) < len(job.runs):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ros2_ood_seg.config import load_profile, parse_overrides
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.evaluation.datasets import files_ending, list_images, read_map
+from ros2_ood_seg.evaluation.datasets import check_external, files_ending, list_images, read_map
 from ros2_ood_seg.evaluation.instance import ranking_key
 from ros2_ood_seg.image_encodings import read_rgb
 from ros2_ood_seg.pipeline import Pipeline
@@ -180,6 +180,7 @@ def run_submission(args: argparse.Namespace) -> int:
     if args.weights_dir:
         overrides["runtime.weights_dir"] = args.weights_dir
     config = load_profile(args.profile, overrides)
+    check_external(args.external, config.scorer.name)
     if args.benchmark == "smiyc":
         targets = smiyc_targets(args.dataset, args.root, args.output, args.method or config.profile)
     else:

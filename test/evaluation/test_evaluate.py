@@ -219,6 +219,9 @@ def test_a_labelled_bag(tmp_path: Path) -> None:
         (("--root", "{data}", "--set", "fusion.nms=1"), "unknown setting 'fusion.nms'"),
         (("--root", "{data}", "--profile", "best"), "unknown profile 'best'"),
         (("--root", "{data}", "--external", "{data}/images"), "cannot be read"),
+        (("--root", "{data}", "--external", "{data}/nowhere"), "--external '{data}/nowhere' is not a folder"),
+        (("--root", "{data}"), "name their folder with --external"),
+        (("--root", "{data}", "--external", "{data}/maps", "--set", "scorer.name=compact"), "add --set scorer.name=external"),
     ],
 )
 def test_bad_arguments_end_with_2_and_one_line(
@@ -228,7 +231,7 @@ def test_bad_arguments_end_with_2_and_one_line(
     assert main(["evaluate", "--output", str(tmp_path / "report.json"), *EXTERNAL, *filled]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("ood-seg: ")
-    assert message in error
+    assert message.format(data=data) in error
 
 
 def test_score_maps_that_are_not_finite_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

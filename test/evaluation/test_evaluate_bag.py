@@ -324,6 +324,7 @@ def test_labels_that_match_no_image_are_an_error_after_the_report(tmp_path, caps
         (("--image-topic", "/front/image", "--realtime"), "the scorer 'external' would wait"),
         (("--image-topic", "/front/image", "--clips", "{clips}", "--set", "tracking.enabled=false"), "need tracking.enabled=true"),
         (("--image-topic", "/front/image", "--clip-min-score", "2"), "--clip-min-score is 2"),
+        (("--image-topic", "/front/image", "--external", "{clips}"), "is not a folder"),
         (("--image-topic", "/front/image", "--bag", "{drive}", "{clips}"), "does not exist"),
     ],
 )

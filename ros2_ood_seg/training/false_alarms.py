@@ -202,8 +202,13 @@ def run(args: argparse.Namespace) -> int:
         counts = "".join(f"{count:8.1f}" for count in row["instances_per_20_frames"].values())
         print(f"{name:24}{row['frames']:8}{counts}" + (f"{row['miou']:36.3f}" if row["miou"] is not None else ""))
     highest = max(row["score_of_one_in_20_frames"] for row in report.values())
-    half_score = half_score_for(highest, config.fusion.half_score)
-    print(f"one instance in 20 frames scores above {highest:.3f}; with fusion.half_score={half_score:.3f} that would be 0.5")
+    half_score = half_score_for(highest, config.fusion.half_score) if highest > 0.0 else None
+    if half_score is None:
+        print(
+            "fewer than one instance in 20 frames, which says nothing about fusion.half_score: lower fusion.min_score or take more frames"
+        )
+    else:
+        print(f"one instance in 20 frames scores above {highest:.3f}; with fusion.half_score={half_score:.3f} that would be 0.5")
     try:
         output.write_text(
             json.dumps({"profile": config.profile, "half_score": half_score, "sets": report}, indent=2) + "\n", encoding="utf-8"

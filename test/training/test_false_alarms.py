@@ -99,9 +99,22 @@ def test_command_measures_and_draws(data_dir: Path, tmp_path: Path, capsys: pyte
     assert row["frames"] == 2
     assert row["miou"] is None
     assert row["score_of_one_in_20_frames"] <= 1.0
-    assert 0.0 < json.loads(output.read_text())["half_score"] < 1.0
+    half_score = json.loads(output.read_text())["half_score"]
+    assert (half_score is None) == (row["score_of_one_in_20_frames"] == 0.0)
+    assert half_score is None or 0.0 < half_score < 1.0
     assert cv2.imread(str(output.with_suffix(".png"))) is not None
     assert "roads" in capsys.readouterr().out
+
+
+def test_frames_without_instances_say_nothing_about_half_score(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = {"frames": 2, "instances_per_20_frames": {"above 0.5": 0.0}, "score_of_one_in_20_frames": 0.0, "miou": None}
+    monkeypatch.setattr("ros2_ood_seg.training.false_alarms.measure", lambda *_: nothing)
+    output = tmp_path / "report.json"
+    assert main(["false-alarms", "--roads", str(data_dir / "roads"), "--output", str(output), "--profile", "compact_s2m"]) == 0
+    assert json.loads(output.read_text())["half_score"] is None
+    assert "fusion.half_score=" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

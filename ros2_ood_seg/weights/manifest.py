@@ -171,6 +171,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(args: argparse.Namespace) -> int:
     manifest = read_manifest()
+    # The other actions make it.
+    if args.action in ("list", "verify") and args.weights_dir is not None and not args.weights_dir.is_dir():
+        raise InputError(f"--weights-dir '{args.weights_dir}' is not a folder")
     if args.action == "list":
         for entry in manifest.values():
             path = _present(entry, args.weights_dir)

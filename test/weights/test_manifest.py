@@ -119,6 +119,12 @@ def test_estimates_and_folders_are_seen(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["weights", "verify", "segformer", "--weights-dir", str(tmp_path)]) == 0
 
 
+@pytest.mark.parametrize("action", ["list", "verify"])
+def test_a_folder_that_is_not_there_is_named(action: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["weights", action, "--weights-dir", str(tmp_path / "wieghts")]) == 2
+    assert capsys.readouterr().err == f"ood-seg: --weights-dir '{tmp_path / 'wieghts'}' is not a folder\n"
+
+
 def test_an_imported_file_of_a_bundled_name_is_named_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = BUNDLED_DIR / "compact_scorer.safetensors"
     assert cli.main(["weights", "import", str(weights), "--weights-dir", str(tmp_path)]) == 0

@@ -200,7 +200,7 @@ class OutlierExposure(Dataset[RoadSample]):
         if settings.objects_per_image[1] > 0 and not self.anomalies and settings.procedural < 1.0:
             raise InputError(
                 "outlier exposure needs cut-outs of classes that Cityscapes does not know, got none on this side of the split: a share of "
-                "them, chosen by name, is held out; give more"
+                "them, chosen by name, is held out; give more with --coco, --coco-panoptic or --objects"
             )
         chances = np.asarray(weights if weights is not None else [1.0] * len(self.roads), np.float64)
         if chances.shape != (len(self.roads),) or (chances < 0).any() or chances.sum() == 0:

@@ -245,6 +245,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--every is {args.every}, it must be 1 or more")
     if args.max_frames < 0:
         raise InputError(f"--max-frames is {args.max_frames}, it must be 1 or more, or 0 for all")
+    if args.topic and not any(map(is_bag, args.inputs)):
+        raise InputError(f"--topic '{args.topic}' is of recordings, and none of the inputs is one")
     for path in args.inputs:
         folder = path.parent if path.suffix.lower() in IMAGE_SUFFIXES else path
         if not is_bag(path) and folder.resolve() == args.output.resolve():

@@ -177,6 +177,12 @@ def test_bag_with_several_image_topics_and_none_chosen(work, capsys):
     assert "several image topics, choose one: /cam/image [sensor_msgs/msg/Image, 3 messages], /cam/label" in capsys.readouterr().err
 
 
+def test_a_topic_without_a_bag_is_refused(work, capsys):
+    put(work, "frame")
+    assert segment(work, work / "images", "--topic", "/cam/image") == 2
+    assert "--topic '/cam/image' is of recordings" in capsys.readouterr().err
+
+
 def test_what_is_no_input_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")

@@ -62,11 +62,19 @@ def check_unused(args: argparse.Namespace) -> None:
     Raises:
         InputError: One is given.
     """
+    for name in _given(args):
+        raise InputError(f"{_flag(name)} is of recordings (--bag), --root names a data set: leave one out")
+
+
+def _given(args: argparse.Namespace) -> list[str]:
+    """The arguments of recordings that differ from their defaults."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    for name, default in vars(parser.parse_args([])).items():
-        if getattr(args, name) != default:
-            raise InputError(f"--{name.replace('_', '-')} is of recordings (--bag), --root names a data set: leave one out")
+    return [name for name, default in vars(parser.parse_args([])).items() if getattr(args, name) != default]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def evaluate_bags(args: argparse.Namespace, config: PipelineConfig, output: Path, options: Options) -> dict[str, Any]:
@@ -85,6 +93,11 @@ def evaluate_bags(args: argparse.Namespace, config: PipelineConfig, output: Path
         raise InputError("--save writes what was measured: name --label-topic; the results bag has all frames")
     if args.instance_topic and not args.label_topic:
         raise InputError("--instance-topic needs --label-topic")
+    for name in _given(args):
+        if args.clips is None and name.startswith("clip_"):
+            raise InputError(f"{_flag(name)} goes with --clips")
+        if args.realtime is None and name == "stale_after":
+            raise InputError(f"{_flag(name)} goes with --realtime")
     labels = [topic for topic in (args.label_topic, args.instance_topic) if topic]
     rule = EventRule(args.clip_before, args.clip_after, args.clip_min_score, args.clip_min_frames)
     replay = None if args.realtime is None else _checked_replay(args, config)

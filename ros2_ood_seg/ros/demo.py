@@ -186,6 +186,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rate < 0.0:
         parser.error(f"--rate is {options.rate:g}, it must be 0 or more")
+    if not options.max_seconds > 0.0:
+        parser.error(f"--max-seconds is {options.max_seconds:g}, it must be above 0")
     if options.instance_topic and not options.label_topic:
         parser.error("--instance-topic needs --label-topic")
     return options

@@ -323,7 +323,7 @@ def test_labels_that_match_no_image_are_an_error_after_the_report(tmp_path, caps
         (("--image-topic", "/front/image", "--realtime", "--workers", "2"), "--realtime measures one node"),
         (("--image-topic", "/front/image", "--realtime"), "the scorer 'external' would wait"),
         (("--image-topic", "/front/image", "--clips", "{clips}", "--set", "tracking.enabled=false"), "need tracking.enabled=true"),
-        (("--image-topic", "/front/image", "--clip-min-score", "2"), "--clip-min-score is 2"),
+        (("--image-topic", "/front/image", "--clips", "{clips}", "--clip-min-score", "2"), "--clip-min-score is 2"),
         (("--image-topic", "/front/image", "--external", "{clips}"), "is not a folder"),
         (("--image-topic", "/front/image", "--bag", "{drive}", "{clips}"), "does not exist"),
     ],
@@ -475,6 +475,9 @@ def test_a_report_may_lie_in_the_folder_of_the_recording(tmp_path, monkeypatch):
         (["--root", "set", "--realtime"], "--realtime is of recordings"),
         (["--bag", "drive", "--dataset", "folder"], "--dataset is of data sets"),
         (["--bag", "drive", "--save", "maps"], "name --label-topic"),
+        (["--bag", "drive", "--clip-min-score", "0.7"], "--clip-min-score goes with --clips"),
+        (["--bag", "drive", "--clip-all-topics"], "--clip-all-topics goes with --clips"),
+        (["--bag", "drive", "--stale-after", "0.5"], "--stale-after goes with --realtime"),
     ],
 )
 def test_arguments_that_would_do_nothing_are_refused(tmp_path, capsys, arguments, message):

@@ -87,6 +87,13 @@ def test_bags_and_topics_that_are_not_there_are_named(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("word", "value"), [("--max-seconds", "0"), ("--max-seconds", "nan"), ("--rate", "-1")])
+def test_times_that_cannot_be_are_refused(tmp_path, capsys, word, value):
+    with pytest.raises(SystemExit):
+        main(["--output", str(tmp_path / "demo"), word, value])
+    assert f"{word} is {value}" in capsys.readouterr().err
+
+
 def test_a_recording_that_has_the_name_of_the_results_is_not_replaced(tmp_path, capsys):
     for path in (tmp_path / "bag", tmp_path / "demo" / "results.mcap"):
         with BagWriter(path) as bag:

@@ -356,7 +356,7 @@ def test_settings_and_missing_data_are_refused(data_dir: Path) -> None:
     roads = [read_road_folder(data_dir / "roads")]
     with pytest.raises(InputError, match="at least one road image"):
         OutlierExposure([[]], [], SMALL, 0, 1)
-    with pytest.raises(InputError, match="does not know, got none.*--coco, --coco-panoptic or --objects"):
+    with pytest.raises(InputError, match=r"does not know, got none.*--coco, --coco-panoptic or --objects"):
         OutlierExposure(roads, [], SMALL, 0, 1)
     with pytest.raises(InputError, match="one weight per source"):
         OutlierExposure(roads, [], replace(SMALL, procedural=1.0), 0, 1, weights=[1, 2])

@@ -95,7 +95,7 @@ class CsvLog:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, names in zip(axes, panels, strict=True):
             for name in names:
-                points = [(int(row["iteration"]), float(row[name])) for row in rows if row[name]]
+                points = [(int(float(row["iteration"])), float(row[name])) for row in rows if row[name]]
                 if points:
                     axis.plot(*zip(*points, strict=True), label=name)
             axis.set_xlabel("iteration")

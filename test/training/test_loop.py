@@ -98,6 +98,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_with_its_log(tmp_path: Path) 
     assert (tmp_path / "parts/log.csv").read_text() == (tmp_path / "whole/log.csv").read_text()
 
 
+def test_it_draws_logs_whose_iterations_were_rounded(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("iteration,total\n20,2\n1.2342e+05,1\n")
+    CsvLog(tmp_path / "log.csv", ("total",), 123_420).plot(tmp_path / "curve.png", (("total",),))
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
 def test_a_finished_run_does_nothing_more_and_can_be_made_longer(tmp_path: Path) -> None:
     Line(Recipe(iterations=30), tmp_path).run()
     assert Line(Recipe(iterations=30), tmp_path).run().checkpoints == []

@@ -53,10 +53,34 @@ def test_only_tracks_that_fit_the_rule_are_events():
     assert [len(event.tracks) for event in log.events(EventRule(0.5, 2.0, 0.0, 1))] == [3]
 
 
+def test_a_track_that_just_fits_the_rule_is_an_event():
+    log = TrackLog()
+    for second in range(3):
+        log.add(second * S, found((1, 0.5), (2, 0.4999)))
+    assert [[t.track_id for t in event.tracks] for event in log.events(EventRule())] == [[1]]
+    assert log.events(EventRule(min_frames=4)) == []
+
+
+def test_a_track_is_summed_up_in_seconds_since_the_drive_began():
+    log = TrackLog()
+    log.add(12 * S, found((3, 0.25)))
+    log.add(15 * S + S // 2, found((3, 0.75)))
+    assert log.tracks[3].summary(10 * S) == {
+        "track_id": 3,
+        "first_s": 2.0,
+        "frames": 2,
+        "best_score": 0.75,
+        "best_s": 5.5,
+        "best_box_xyxy": [3.0, 2.0, 7.0, 5.0],
+    }
+
+
 def test_instances_without_a_track_are_no_events():
     log = TrackLog()
     log.add(0, found((0, 0.9)))
     assert log.events(EventRule(min_frames=1)) == []
+    log.add(S, found((0, 0.9), (7, 0.8)))
+    assert list(log.tracks) == [7]
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 10)), max_size=12))

@@ -46,6 +46,14 @@ def test_nms_is_that_of_nested_loops(masks: torch.Tensor, seed: int, threshold: 
     assert greedy_nms(iou, scores, threshold).tolist() == loops(masks, scores, threshold)
 
 
+def test_masks_whose_iou_is_the_threshold_are_both_kept_and_of_equal_ones_the_first_counts() -> None:
+    iou = torch.eye(40, dtype=torch.float64).masked_fill_(torch.ones(40, 40, dtype=torch.bool).triu(1), 0.5)
+    iou = torch.maximum(iou, iou.T)
+    scores = torch.ones(40)
+    assert greedy_nms(iou, scores, 0.5).tolist() == list(range(40))
+    assert greedy_nms(iou, scores, 0.499).tolist() == [0]
+
+
 @settings(deadline=None, max_examples=80)
 @given(masks=rectangles(), seed=st.integers(0, 1000), share=st.sampled_from([0.3, 0.5, 1.0]))
 def test_a_part_is_what_a_better_mask_that_stays_covers(masks: torch.Tensor, seed: int, share: float) -> None:

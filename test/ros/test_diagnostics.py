@@ -72,3 +72,56 @@ def test_images_after_a_pause_get_their_time(monkeypatch: pytest.MonkeyPatch) ->
     assert "no images arrive" in statistics.status("node", "active", {}).message
     statistics.received()
     assert statistics.status("node", "active", {}).level == DiagnosticStatus.OK
+
+
+def test_every_frame_is_counted_once_as_what_became_of_it() -> None:
+    statistics = FrameStatistics()
+    for _ in range(7):
+        statistics.received()
+    statistics.replaced()
+    for _ in range(4):
+        statistics.answered({})
+    for _ in range(2):
+        statistics.rejected("of another size")
+    statistics.failed("no frame")
+    counts = {"received": 7, "answered": 4, "replaced": 1, "rejected": 2}
+    assert statistics.counts() == counts
+    status = statistics.status("/camera/node", "active", {"device": "cpu"})
+    assert (status.name, status.hardware_id, status.message) == ("/camera/node", "cpu", "no frame")
+    assert counts == {entry.key.removeprefix("frames "): int(entry.value) for entry in status.values if "frames" in entry.key}
+
+
+def test_percentiles_are_of_the_times_that_are_known() -> None:
+    statistics = FrameStatistics()
+    for ms in range(101):
+        statistics.answered({"latency": float("nan"), "total": float(ms)})
+    statistics.answered({"latency": 7.0, "total": 101.0})
+    values = {entry.key: entry.value for entry in statistics.status("node", "active", {}).values}
+    # Of the last hundred.
+    assert (values["total p50 [ms]"], values["total p95 [ms]"]) == ("51.5", "96.0")
+    assert (values["latency p50 [ms]"], values["latency p95 [ms]"]) == ("7.0", "7.0")
+
+
+def test_rates_are_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = clock(monkeypatch)
+    statistics = FrameStatistics()
+    for frame in range(100):
+        statistics.received()
+        if frame % 2:
+            statistics.answered({})
+        now_s[0] += 0.25
+    values = {entry.key: entry.value for entry in statistics.status("node", "active", {}).values}
+    assert (values["input rate [Hz]"], values["output rate [Hz]"]) == ("4.00", "2.05")
+
+
+def test_a_node_that_is_activated_again_is_given_time_for_its_first_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = clock(monkeypatch)
+    statistics = FrameStatistics()
+    statistics.received()
+    statistics.rejected("of another size")
+    now_s[0] += 11.0
+    statistics.clear()
+    statistics.received()
+    status = statistics.status("node", "active", {})
+    assert (status.level, statistics.counts()["rejected"]) == (DiagnosticStatus.OK, 0)
+    assert {entry.key: entry.value for entry in status.values}["last error"] == ""

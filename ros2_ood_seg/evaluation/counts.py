@@ -61,7 +61,8 @@ class ImageCounts:
         try:
             with np.load(path, allow_pickle=False) as data:
                 return cls(**{field.name: data[field.name] for field in fields(cls)})
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        # Damaged bytes can raise nearly anything: zlib.error, EOFError, TokenError, NotImplementedError and more.
+        except Exception as error:
             raise InputError(f"'{path}' cannot be read as image counts of an evaluation: {error}") from error
 
     @cached_property

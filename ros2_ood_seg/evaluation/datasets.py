@@ -6,7 +6,6 @@ A layout only says which files belong together and what their label values mean;
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -206,7 +205,8 @@ def read_map(path: Path) -> NDArray[np.float32]:
     """
     try:
         scores = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    # Damaged bytes can raise nearly anything: EOFError, TokenError, BadZipFile and more.
+    except Exception as error:
         raise InputError(f"score map '{path}' cannot be read: {error}") from error
     if not isinstance(scores, np.ndarray) or scores.ndim != 2 or scores.dtype.kind not in "fiu":
         raise InputError(f"score map '{path}' must be a two-dimensional array of numbers")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +209,8 @@ def _read_shard(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path) as shard:
             return {name: shard[name] for name in ("scores", "boxes", "peaks", "counts")}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    # Damaged bytes can raise nearly anything: zlib.error, EOFError, TokenError, NotImplementedError and more.
+    except Exception as error:
         raise InputError(f"score maps '{path}' cannot be read, delete the file to have it made anew: {error}") from error
 
 

@@ -127,9 +127,23 @@ def test_counts_written_image_by_image_are_read_as_one(tmp_path: Path, with_comp
     np.testing.assert_array_equal(loaded.instance_right, found.instance_right[[0, 0, 1]])
     expected = [component.counts_at_taus(match) for match in matches if match is not None]
     np.testing.assert_array_equal(loaded.components, np.array(expected).reshape(-1, 3, 11))
-    (tmp_path / "b.images.npz").write_bytes(b"nothing")
-    with pytest.raises(InputError, match=r"b\.images\.npz' cannot be read"):
-        ImageCounts.load(tmp_path / "b.images.npz")
+
+
+def test_damaged_counts_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "b.images.npz"
+    save(counts(3), path)
+    whole = path.read_bytes()
+    # In the middle there are compressed bytes.
+    middle = len(whole) // 2
+    for damaged in (
+        b"nothing",
+        b"",
+        whole[:middle],
+        whole[:middle] + bytes(byte ^ 255 for byte in whole[middle:][:60]) + whole[middle + 60 :],
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"b\.images\.npz' cannot be read"):
+            ImageCounts.load(path)
 
 
 def write_report(path: Path, ap: float | None, images: int = 12, shift: float = 0.0) -> Path:

@@ -247,6 +247,16 @@ def test_score_maps_are_numbers(tmp_path: Path) -> None:
             read_map(path)
 
 
+def test_damaged_score_maps_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "map.npy"
+    np.save(path, np.zeros((2, 3), np.float32))
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-1], whole.replace(b"(2, 3)", b"(2, 3("), whole.replace(b"(2, 3)", b"(2, '3"), b"PK" + whole[2:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"map\.npy' cannot be read"):
+            read_map(path)
+
+
 def test_frames_of_equal_number_in_several_folders(tmp_path: Path) -> None:
     for folder in ("t5", "t6"):
         put(tmp_path / "images" / "test" / folder / "1.png", image())

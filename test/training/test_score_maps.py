@@ -115,9 +115,13 @@ def test_fields_that_are_younger_than_the_maps_had_their_default(tmp_path: Path)
 
 def test_damaged_maps_are_refused_by_name(tmp_path: Path) -> None:
     write_score_maps(tmp_path, Rectangles(2), RedScorer(), 80, {}, CPU)
-    (tmp_path / "maps_00000.npz").write_bytes(b"PK half a file")
-    with pytest.raises(InputError, match=r"maps_00000.npz' cannot be read, delete the file"):
-        ScoreMaps.read(tmp_path)
+    shard = tmp_path / "maps_00000.npz"
+    whole = shard.read_bytes()
+    # Compressed bytes begin after the name of the first array and its header.
+    for damaged in (b"PK half a file", b"", whole[:100] + bytes(byte ^ 255 for byte in whole[100:160]) + whole[160:]):
+        shard.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"maps_00000.npz' cannot be read, delete the file"):
+            ScoreMaps.read(tmp_path)
 
 
 def test_folders_without_maps_are_refused(tmp_path: Path) -> None:

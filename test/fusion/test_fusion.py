@@ -83,6 +83,34 @@ def test_s2m_merges_masks_of_one_object() -> None:
     assert len(fuse("s2m", masks, confidence=[0.6, 0.9, 0.7, 0.3], merge_overlap=0.1).instances) == 2
 
 
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 8), share=st.sampled_from([0.2, 0.5, 1.0]))
+def test_s2m_instances_are_unions_of_masks_that_overlap_directly_or_through_others(seed: int, count: int, share: float) -> None:
+    masks = random_masks(seed, count)
+    confidence = torch.from_numpy(np.random.default_rng(seed).permutation(count).astype(np.float32) + 1) / (count + 1)
+    expected: list[set[int]] = []
+    for n in (n for n in range(count) if masks[n].any()):
+        near = [g for g in expected if any((masks[n] & masks[m]).sum() >= share * min(masks[n].sum(), masks[m].sum()) for m in g)]
+        expected = [g for g in expected if g not in near] + [{n}.union(*near)]
+    expected.sort(key=lambda group: -max(confidence[n].item() for n in group))
+    found = fuse("s2m", masks, confidence=confidence, box_weight=1.0, merge_overlap=share).instances
+    torch.testing.assert_close(found.scores, torch.tensor([max(confidence[n].item() for n in group) for group in expected]))
+    for mask, group in zip(found.masks, expected, strict=True):
+        assert torch.equal(mask, masks[sorted(group)].any(dim=0))
+
+
+def test_s2m_finds_nothing_on_the_ignore_mask() -> None:
+    masks = mask_of((0, 0, 20, 20), (30, 10, 50, 30))
+    ignore = mask_of((0, 0, WIDTH, 3))[0]
+    found = fuse("s2m", masks, confidence=[0.9, 0.4], ignore=ignore, box_weight=1.0, ignore_overlap_px=60)
+    assert found.instances.scores.tolist() == [pytest.approx(0.4)]
+    assert torch.equal(found.refined, masks[1] * torch.tensor(0.4))
+    found = fuse("s2m", masks, confidence=[0.9, 0.4], ignore=ignore, box_weight=1.0, ignore_overlap_px=61)
+    assert found.instances.scores.tolist() == [pytest.approx(0.9), pytest.approx(0.4)]
+    # What is left of a mask that reaches over.
+    assert torch.equal(found.refined, (masks[0] & ~ignore) * torch.tensor(0.9) + masks[1] * torch.tensor(0.4))
+
+
 def test_s2m_gives_point_masks_their_calibrated_mean_score() -> None:
     scores = torch.full((HEIGHT, WIDTH), -4.0)
     scores[:10, :10] = 2.0

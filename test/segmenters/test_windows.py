@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ros2_ood_seg.segmenters.windows import MAX_ASPECT, Window, box_window, clip_box, cut_window, point_window, prompt_maps
+from ros2_ood_seg.segmenters.windows import MAX_ASPECT, POINT_SIGMA, Window, box_window, clip_box, cut_window, point_window, prompt_maps
 
 any_float = st.floats(allow_nan=True, allow_infinity=True, width=32)
 some_float = st.floats(-300, 300, width=32)
@@ -59,6 +59,12 @@ def test_a_window_holds_its_box_with_context_and_is_not_too_long(x: float, y: fl
     assert max(window.width, window.height) <= MAX_ASPECT * min(window.width, window.height) + 2
 
 
+def test_windows_of_long_boxes_are_half_as_wide_as_long() -> None:
+    assert box_window((10.0, 20.0, 110.0, 30.0)) == Window(-14, -14, 148, 78)
+    assert box_window((20.0, 10.0, 30.0, 110.0)) == Window(-14, -14, 78, 148)
+    assert box_window((10.0, 20.0, 70.0, 60.0)) == Window(-6, 8, 92, 64)
+
+
 def test_box_to_crop_and_back() -> None:
     window = Window(-10, 20, 40, 80)
     assert window.box_to_crop((-10, 20, 30, 100), 160) == (0, 0, 160, 160)
@@ -67,6 +73,7 @@ def test_box_to_crop_and_back() -> None:
 
 def test_a_point_window_is_centred_on_the_pixel() -> None:
     assert point_window(10, 20, 5) == Window(8, 18, 5, 5)
+    assert point_window(10, 20, 0.3) == Window(10, 20, 1, 1)
 
 
 def test_cutting_at_the_same_size_copies_and_pads_with_grey() -> None:
@@ -77,6 +84,15 @@ def test_cutting_at_the_same_size_copies_and_pads_with_grey() -> None:
     torch.testing.assert_close(crop[:, :14, 4:], expected)
     assert crop[:, :, :4].abs().max() < 0.005
     assert crop[:, 14:].abs().max() < 0.005
+
+
+def test_windows_over_the_upper_right_corner_are_padded_there() -> None:
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 100, (20, 30, 3), dtype=np.uint8))
+    crop = cut_window(image, Window(21, -5, 16, 16), 16)
+    expected = (image[:11, 21:].permute(2, 0, 1).float() - 127.5) / 127.5
+    torch.testing.assert_close(crop[:, 5:, :9], expected)
+    assert crop[:, :5].abs().max() < 0.005
+    assert crop[:, :, 9:].abs().max() < 0.005
 
 
 def test_shrinking_averages() -> None:
@@ -97,3 +113,12 @@ def test_prompt_maps_cover_the_box_and_peak_at_the_point() -> None:
     assert maps[1, 0].abs().sum() == 0
     assert maps[1, 1].argmax().item() == 3 * 16 + 12
     assert maps[1, 1, 3, 12].item() == pytest.approx(1.0)
+
+
+def test_the_point_map_falls_with_its_sigma_in_both_directions() -> None:
+    nan = float("nan")
+    side = round(2 / POINT_SIGMA)
+    at_point = prompt_maps(torch.full((1, 4), nan), torch.tensor([[20.5, 40.5]]), side)[0, 1]
+    for y, x, deviations in ((40, 22, 1.0), (40, 18, 1.0), (42, 20, 1.0), (38, 20, 1.0), (40, 24, 2.0), (44, 20, 2.0)):
+        # The side is rounded.
+        assert at_point[y, x].item() == pytest.approx(np.exp(-(deviations**2) / 2), rel=0.03)

@@ -73,6 +73,7 @@ class ScorerConfig(_Settings):
         ge=0,
         le=63,
         description="Odd kernel size of a Gaussian blur of the score map, 1 for none, 0 for the scorer's own (pebal, rpl: 7 with sigma 1)",
+        json_schema_extra={"allowed": "0, or an odd number up to 63"},
     )
     external_low: float = Field(0.0, description="Scorer 'external': the raw value that is calibrated to 0")
     external_high: float = Field(1.0, description="Scorer 'external': the raw value that is calibrated to 1")
@@ -82,6 +83,13 @@ class ScorerConfig(_Settings):
     def _wide_enough(cls, value: int) -> int:
         if 0 < value < 64:
             raise ValueError(f"{value} px is too narrow")
+        return value
+
+    @field_validator("smoothing_px")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value and value % 2 == 0:
+            raise ValueError(f"{value} px has no middle")
         return value
 
 

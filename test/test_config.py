@@ -60,6 +60,7 @@ def test_overrides_reach_their_leaf() -> None:
         ("fusion.half_score", 1.0, r"'fusion.half_score' is 1.0, allowed: a number, above 0 and below 1"),
         ("prompts.points.count", 0, r"'prompts.points.count' is 0, allowed: a whole number.* 1024"),
         ("prompts.points.count", "many", r"'prompts.points.count' is 'many', allowed: a whole number"),
+        ("scorer.smoothing_px", 4, r"'scorer.smoothing_px' is 4, allowed: 0, or an odd number up to 63"),
         ("fusion.compat", "book", r"'fusion.compat' is 'book', allowed: one of paper, code"),
         ("fusion.floor_value", float("nan"), r"'fusion.floor_value' is nan"),
         ("runtime.device", "tpu", r"'runtime.device' is 'tpu', allowed: .*cuda"),

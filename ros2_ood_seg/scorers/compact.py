@@ -66,8 +66,6 @@ class CompactScorer:
     def __init__(
         self, net: CompactNet, score: str, weights: Path, calibration: Calibration, config: ScorerConfig, runtime: Runtime
     ) -> None:
-        if config.smoothing_px and config.smoothing_px % 2 == 0:
-            raise InputError(f"scorer.smoothing_px is {config.smoothing_px}, allowed: 0 or an odd number")
         merged = MergedHeads(net.eval()).requires_grad_(False).to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._forward = runtime.prepare(merged.eval(), torch.zeros((1, 3, 2 * STRIDE, 2 * STRIDE), device=runtime.device))
         self.weights_path = weights

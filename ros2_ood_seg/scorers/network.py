@@ -59,7 +59,6 @@ class NetworkScorer:
         smoothing_px: Kernel of the blur that belongs to the score, 1 for none.
 
     Raises:
-        InputError: An even smoothing kernel was set.
         WeightsError: The file of calibrations is damaged.
     """
 
@@ -82,8 +81,6 @@ class NetworkScorer:
         self._class_names = tuple(class_names)
         self._input_width = config.input_width
         self._smoothing_px = config.smoothing_px or smoothing_px
-        if self._smoothing_px % 2 == 0:
-            raise InputError(f"scorer.smoothing_px is {config.smoothing_px}, allowed: 0 or an odd number")
 
     def __call__(self, image: Tensor, external: Tensor | None = None) -> ScoreMap:
         """Scores one image; see :class:`ros2_ood_seg.scorers.base.Scorer`."""

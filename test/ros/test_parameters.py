@@ -112,6 +112,7 @@ def test_live_changes_are_checked_then_taken_over(make_node: MakeNode) -> None:
         ("fusion.nms_iou", -0.5, "fusion.nms_iou out of range"),
         ("fusion.nms_iou", "half", "Wrong parameter type"),
         ("fusion.compat", "guess", "'fusion.compat' is 'guess', allowed: one of paper, code"),
+        ("scorer.smoothing_px", 4, "'scorer.smoothing_px' is 4, allowed: 0, or an odd number up to 63"),
         ("runtime.device", "cpu", "read-only parameter: runtime.device"),
         ("scorer.weights", "other.safetensors", "read-only parameter: scorer.weights"),
     ],

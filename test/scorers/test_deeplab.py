@@ -219,8 +219,6 @@ def test_bad_values_are_input_errors(randomised, image, runtime, tmp_path: Path)
         scorer(image, torch.zeros(48, 80))
     with pytest.raises(InputError, match="no such output"):
         build(ScorerConfig(name="deeplab_wrn38", weights=str(weights), score="outlier"), runtime)
-    with pytest.raises(InputError, match="odd number"):
-        build(ScorerConfig(name="deeplab_wrn38", weights=str(weights), smoothing_px=4), runtime)
     for value in (float("nan"), float("-inf")):
         network.final[6].weight.data[3, 0] = value
         torch.save(network.state_dict(), weights)

@@ -169,6 +169,9 @@ def test_table_without_intervals(tmp_path: Path) -> None:
     printed = comparison(paths)
     assert "no intervals: the reports are of different images" in printed
     assert "not of the same data" in printed
+    # What one of them has is shown, without a difference.
+    assert next(line for line in printed.splitlines() if line.startswith("pixel.ap")).split() == ["pixel.ap", "0.5000", "-"]
+    assert "in brackets" not in printed
     assert "[" not in comparison(paths, samples=0)
 
 

@@ -80,6 +80,27 @@ def test_recall_by_size(totals: Totals) -> None:
     assert (rows[10_000]["recall"], rows[10_000]["box_recall"], rows[10_000]["mean_iou"]) == (None, None, None)
 
 
+def test_half_an_object_is_not_found_and_means_are_of_all_objects_of_a_size(tmp_path: Path) -> None:
+    store = PartStore(tmp_path / "more", {})
+    label = np.zeros(SHAPE, np.uint8)
+    # Of 100, 900 and 1,000 px: the first is the least of its range, and so is the last.
+    for box in ((0, 0, 10, 10), (20, 20, 50, 50), (100, 40, 150, 60)):
+        label[filled(box)] = 1
+    scores = np.where(label == 1, np.float32(7.0), np.float32(-3.0))
+    put(store, "0", label, [((0, 0, 10, 5), 0.9), ((20, 20, 50, 50), 0.8)], scores)
+    result = Totals()
+    result.add(store.load("0"))
+    rows = by_range(result.sizes())
+    assert {low: (row["truth"], row["found"], row["recall"]) for low, row in rows.items() if row["truth"]} == {
+        100: (2, 1, 0.5),
+        1000: (1, 0, 0.0),
+    }
+    assert rows[100]["mean_iou"] == pytest.approx(0.75)
+    assert result.per_image[0]["found"] == 1
+    assert result.score_range == (-3.0, 7.0)
+    assert [(row["from"], row["to"]) for row in result.reliability()][:2] == [(0.0, 0.1), (0.1, 0.2)]
+
+
 def test_recall_by_distance_band(totals: Totals) -> None:
     # They end at 26, 60 and 95 % of the image height.
     rows = by_range(totals.bands())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.training.loop import LOG_EVERY, CsvLog, TrainingLoop, file_stamp
+from ros2_ood_seg.training.loop import LOG_EVERY, CsvLog, TrainingLoop, file_stamp, state_stamp
 
 
 @dataclass(frozen=True)
@@ -189,3 +189,11 @@ def test_runs_that_began_from_something_else_are_refused(tmp_path: Path) -> None
     # A checkpoint that says nothing is taken at its word.
     Line(Recipe(), tmp_path / "old").run()
     assert Line(Recipe(), tmp_path / "old", origin=first).loop.done == 70
+
+
+def test_the_stamp_of_weights_is_of_names_and_values_in_any_order() -> None:
+    first, second = torch.arange(6.0).reshape(2, 3), torch.ones(4, dtype=torch.bfloat16)
+    stamp = state_stamp({"a": first, "b": second})
+    assert stamp == state_stamp({"b": second.clone(), "a": first.T.contiguous().T})
+    others = [{"a": first}, {"a": first, "c": second}, {"a": first + 1, "b": second}, {"a": first, "b": second * 2}, None]
+    assert len({stamp, *map(state_stamp, others)}) == 6

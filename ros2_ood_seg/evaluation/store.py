@@ -19,7 +19,9 @@ from ros2_ood_seg.evaluation.pixel import ScoreCounts
 
 COUNTS = ("score_1", "score_0", "refined_1", "refined_0")
 MAPS = ("refined_map", "label_map")
-KINDS = frozenset(("part", "group", "picture", "tmp", CountsWriter.SUFFIX, *MAPS, *COUNTS, *(f"{key}_counts" for key in COUNTS)))
+MARKS = frozenset(("part", "group"))
+"""Files that mark a frame as finished."""
+KINDS = MARKS | frozenset(("picture", "tmp", CountsWriter.SUFFIX, *MAPS, *COUNTS, *(f"{key}_counts" for key in COUNTS)))
 _SOURCES = "sources.json"
 
 
@@ -56,9 +58,10 @@ class PartStore:
         if not self.folder.is_dir():
             return
         # What marks a frame as finished goes first: when this is interrupted, the next run must not count on the rest.
-        for path in sorted(self.folder.iterdir(), key=lambda path: path.suffix not in (".part", ".group")):
-            if path.suffix[1:] in KINDS:
-                path.unlink()
+        for kinds in (MARKS, KINDS):
+            for path in self.folder.iterdir():
+                if path.suffix[1:] in kinds:
+                    path.unlink()
         # The fingerprint goes last: it is what marks the folder as ours.
         for name in (_SOURCES, "fingerprint.json"):
             (self.folder / name).unlink(missing_ok=True)

@@ -138,7 +138,7 @@ def test_bfloat16_is_for_the_forward_pass_alone_and_may_change(tmp_path: Path) -
 
 def test_starting_from_features_or_from_a_segmenter(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    none = SegmenterTraining(iterations=1, batch_size=1, crop_sizes=(32,), learning_rate=0.0)
+    none = SegmenterTraining(iterations=1, batch_size=1, crop_sizes=(32,), learning_rate=1e-12)
     features = WeightFile(Path("start.safetensors"), mobilenet_v2(weights=None).features.state_dict(), {})
     started = load_weights(train_segmenter([shape_object(0)], [], [], none, tmp_path / "a", features, provenance={"start": "x"}))
     assert started.metadata["start"] == "x"

@@ -124,7 +124,7 @@ class TrainingLoop:
         origin: What the training begins from and learns from beside its recipe, as :func:`file_stamp` of the first weights.
 
     Raises:
-        InputError: The checkpoint is damaged, or of another recipe, origin or network.
+        InputError: The checkpoint is damaged, of another recipe, origin or network, or further than the recipe goes.
     """
 
     def __init__(
@@ -245,6 +245,11 @@ class TrainingLoop:
         except (RuntimeError, ValueError, KeyError) as error:
             text = " ".join(str(error).split())[:200]
             raise InputError(f"checkpoint '{self._checkpoint}' is of another network, choose another output folder: {text}") from error
+        if self.done > self._recipe.iterations:
+            raise InputError(
+                f"checkpoint '{self._checkpoint}' has {self.done} iterations behind it, --iterations is {self._recipe.iterations}: "
+                "choose another output folder, or no fewer than it has"
+            )
         self.seconds = float(saved.get("seconds", 0.0))
         self._recent = list(saved.get("recent", []))
 

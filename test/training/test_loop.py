@@ -110,6 +110,12 @@ def test_a_finished_run_does_nothing_more_and_can_be_made_longer(tmp_path: Path)
     assert Line(Recipe(iterations=60), tmp_path).run().checkpoints == [50, 60]
 
 
+def test_a_run_that_is_further_than_asked_for_is_refused(tmp_path: Path) -> None:
+    Line(Recipe(iterations=30), tmp_path).run()
+    with pytest.raises(InputError, match="has 30 iterations behind it, --iterations is 20: choose another output folder"):
+        Line(Recipe(iterations=20), tmp_path)
+
+
 def test_other_recipes_are_refused_by_field(tmp_path: Path) -> None:
     Line(Recipe(), tmp_path).run()
     with pytest.raises(InputError, match=r"another recipe \(learning_rate 0.1 instead of 0.2; data.slope 3.0 instead of 4.0\)"):

@@ -76,7 +76,8 @@ class ClipFolder:
     def write(self, drive: Drive, events: Sequence[Event], all_topics: bool = False, until_ns: int | None = None) -> list[dict[str, Any]]:
         """Writes the events of a drive: for each a bag ``<name>_<number>.mcap`` and a picture ``<name>_<number>.jpg``.
 
-        A clip holds the camera's messages as they were recorded, its camera_info, the labels, and the results.
+        A clip holds the camera's messages as they were recorded, its camera_info, the labels, and the results. An error or an interrupt
+        leaves none of these clips.
 
         Args:
             drive: What was recorded and found.
@@ -91,11 +92,14 @@ class ClipFolder:
             InputError: A bag cannot be read or written.
         """
         written = []
-        with BagReader(drive.bag) as bag, BagReader(drive.results) as results:
+        with BagReader(drive.bag) as bag, BagReader(drive.results) as results, contextlib.ExitStack() as unlisted:
             for number, whole in enumerate(events, start=1):
                 stop_ns = min(whole.stop_ns, bag.end_ns if until_ns is None else until_ns)
                 event = replace(whole, start_ns=max(whole.start_ns, bag.start_ns), stop_ns=stop_ns)
                 stem = f"{drive.name}_{number:04d}"
+                # What an interrupt leaves stands in no index, so that no later run would remove it.
+                for suffix in ("mcap", "jpg"):
+                    unlisted.callback((self.folder / f"{stem}.{suffix}").unlink, missing_ok=True)
                 write_bag(self.folder / f"{stem}.mcap", bag, results, event, None if all_topics else _camera_topics(bag, drive))
                 strip = contact_strip(bag, results, drive.topic, event)
                 (self.folder / f"{stem}.jpg").write_bytes(_jpeg(strip))
@@ -108,6 +112,7 @@ class ClipFolder:
                     "tracks": [track.summary(bag.start_ns) for track in event.tracks],
                 }
                 written.append(entry)
+            unlisted.pop_all()
         return written
 
     def has(self, entry: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ import pytest
 from ros2_ood_seg.cli import main
 from ros2_ood_seg.config import PipelineConfig
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.evaluation import evaluate_bag
+from ros2_ood_seg.evaluation import clips, evaluate_bag
 from ros2_ood_seg.evaluation.bag_evaluation import BagJob, BagRun, find_bags
 from ros2_ood_seg.evaluation.bag_messages import instances_from_message, make_header, typestore
 from ros2_ood_seg.evaluation.bag_writer import BagWriter
@@ -399,6 +399,19 @@ def test_clips_of_recordings_with_dots_in_their_names(tmp_path):
     report = evaluate(tmp_path, "--bag", tmp_path / "drive.v1.2", "--image-topic", "/front/image", "--clips", tmp_path / "clips", *CLIPS)
     assert report["drive"]["bags"][0]["name"] == "drive.v1.2"
     assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == ["clips.json", "drive.v1.2_0001.jpg", "drive.v1.2_0001.mcap"]
+
+
+def test_clips_that_are_interrupted_while_they_are_written_leave_nothing(tmp_path, monkeypatch):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(8))
+
+    def interrupted(*_: Any) -> Any:
+        assert (tmp_path / "clips/drive_0001.mcap").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(clips, "contact_strip", interrupted)
+    evaluate(tmp_path, "--bag", tmp_path / "drive", "--image-topic", "/front/image", "--clips", tmp_path / "clips", *CLIPS, code=130)
+    assert [path.name for path in (tmp_path / "clips").iterdir()] == ["clips.json"]
 
 
 def test_clips_end_where_the_recording_breaks_off(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ros2_ood_seg.types import Instances, label_image
+from ros2_ood_seg.types import Instances
 
 MAX_INSTANCES = 65534
 """Ids are pixel values of a 16-bit image in which 65535 means unlabelled (vision_msgs)."""
@@ -82,11 +82,7 @@ class DisjointInstances:
             min_area_px: An instance that would own fewer pixels, and none at all in any case, is dropped.
         """
         masks, boxes = instances.masks[:MAX_INSTANCES], instances.boxes_xyxy[:MAX_INSTANCES]
-        kept = _owners(masks, boxes, min_area_px)
-        if len(kept) < len(masks):
-            chosen = torch.as_tensor(kept, device=masks.device)
-            masks, boxes = masks[chosen], boxes[chosen]
-        labels = label_image(masks, boxes).cpu().numpy().astype(np.uint16)
+        kept, labels = _without_overlaps(masks, boxes, min_area_px)
         return cls(instances, kept, labels, tuple(runs for _, runs in _label_runs(labels)))
 
     def instances(self) -> Instances:
@@ -102,17 +98,18 @@ class DisjointInstances:
         return zip(self.runs, *(column.cpu().numpy()[self.kept].tolist() for column in columns), strict=True)
 
 
-def _owners(masks: Tensor, boxes_xyxy: Tensor, min_area_px: int) -> NDArray[np.int64]:
-    """Index of the masks, best first, that have enough pixels which no better one of them has; what is dropped takes none away."""
-    free = torch.ones(masks.shape[1:], dtype=torch.bool, device=masks.device)
-    kept = []
+def _without_overlaps(masks: Tensor, boxes_xyxy: Tensor, min_area_px: int) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
+    """Index of the masks, best first, that have enough pixels which no better one of them has, and whose each pixel is, from 1."""
+    labels = torch.zeros(masks.shape[1:], dtype=torch.int32, device=masks.device)
+    kept: list[int] = []
     for k, (x_min, y_min, x_max, y_max) in enumerate(boxes_xyxy.int().tolist()):
-        window = free[y_min:y_max, x_min:x_max]
-        own = masks[k, y_min:y_max, x_min:x_max] & window
+        window = labels[y_min:y_max, x_min:x_max]
+        own = masks[k, y_min:y_max, x_min:x_max] & (window == 0)
+        # What is dropped takes no pixels from the next.
         if int(torch.count_nonzero(own)) >= max(1, min_area_px):
-            window ^= own
             kept.append(k)
-    return np.array(kept, dtype=np.int64)
+            window.masked_fill_(own, len(kept))
+    return np.array(kept, dtype=np.int64), labels.cpu().numpy().astype(np.uint16)
 
 
 def _label_runs(labels: NDArray[np.uint16]) -> Iterator[tuple[int, Runs]]:

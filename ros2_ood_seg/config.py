@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from ros2_ood_seg.errors import InputError
 
 Leaf = bool | int | float | str
+
+
+_FILE: dict[str, JsonValue] = {"names_file": True}
 
 
 class _Settings(BaseModel):
@@ -36,7 +39,7 @@ class ScorerConfig(_Settings):
         "'rba_tanh' is RbA with bounded classes, as in its own code",
     )
     temperature: float = Field(1.0, gt=0.0, le=1000.0, description="T of the energy score -T*logsumexp(f/T) (S2M Eq. 2)")
-    weights: str = Field("", description="Weights file, or a name of the manifest; empty takes the scorer's own")
+    weights: str = Field("", description="Weights file, or a name of the manifest; empty takes the scorer's own", json_schema_extra=_FILE)
     input_width: int = Field(
         1152,
         ge=0,
@@ -66,7 +69,9 @@ class ScorerConfig(_Settings):
         "look, where the road ends: a window of this share of the width, in which the greater score counts; 0 for no such look",
     )
     statistics: str = Field(
-        "", description="mahalanobis, sml: file of in-distribution statistics; empty looks for <weights>.statistics.* beside the weights"
+        "",
+        description="mahalanobis, sml: file of in-distribution statistics; empty looks for <weights>.statistics.* beside the weights",
+        json_schema_extra=_FILE,
     )
     smoothing_px: int = Field(
         0,
@@ -102,7 +107,9 @@ class BoxPromptsConfig(_Settings):
     margin: float = Field(0.0, ge=0.0, le=1.0, description="Boxes are widened on each side by this fraction of their size")
     max_boxes: int = Field(100, ge=1, le=1000, description="Only the most confident boxes are kept (detectron2: 100)")
     min_confidence: float = Field(0.05, ge=0.0, le=1.0, description="Less confident boxes are dropped (S2M: 0.05)")
-    weights: str = Field("", description="faster_rcnn, compact_rcnn: weights file or manifest name; empty takes the method's own")
+    weights: str = Field(
+        "", description="faster_rcnn, compact_rcnn: weights file or manifest name; empty takes the method's own", json_schema_extra=_FILE
+    )
     input_mode: Literal["auto", "raw", "calibrated"] = Field(
         "auto", description="faster_rcnn, compact_rcnn: scores fed to the detector; 'auto' is what its weights were trained on"
     )
@@ -149,7 +156,7 @@ class SegmenterConfig(_Settings):
 
     name: str = Field("compact", description="Registered promptable segmenter")
     model: Literal["vit_b", "vit_l", "vit_h"] = Field("vit_b", description="sam: image encoder size (S2M: vit_b, UGainS: vit_h)")
-    weights: str = Field("", description="Weights file or manifest name; empty takes the segmenter's own")
+    weights: str = Field("", description="Weights file or manifest name; empty takes the segmenter's own", json_schema_extra=_FILE)
     batch_size: int = Field(64, ge=1, le=1024, description="Prompts per decoder call; a frame with more takes several calls")
     encoder_width: int = Field(
         0, ge=0, le=8192, description="sam: shrink the image to this width before the encoder (UGainS: 1024), 0 for the full image"
@@ -256,9 +263,13 @@ class RuntimeConfig(_Settings):
     )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the networks, 0 leaves torch's choice")
     ignore_mask: str = Field(
-        "", description="PNG of the camera image's size, non-zero where nothing is to be found (ego hood, rectification border)"
+        "",
+        description="PNG of the camera image's size, non-zero where nothing is to be found (ego hood, rectification border)",
+        json_schema_extra=_FILE,
     )
-    weights_dir: str = Field("", description="Folder of further weights, searched after the package's own and before OOD_SEG_WEIGHTS")
+    weights_dir: str = Field(
+        "", description="Folder of further weights, searched after the package's own and before OOD_SEG_WEIGHTS", json_schema_extra=_FILE
+    )
 
 
 class PipelineConfig(_Settings):
@@ -288,6 +299,7 @@ class Setting:
         above_low: ``low`` itself is not allowed.
         below_high: ``high`` itself is not allowed.
         allowed: What is allowed, in words, where the above does not say it all.
+        names_file: The value names a file or folder, on whose content results depend.
     """
 
     name: str
@@ -300,6 +312,7 @@ class Setting:
     above_low: bool = False
     below_high: bool = False
     allowed: str = ""
+    names_file: bool = False
 
 
 def _leaf(name: str, info: FieldInfo, value: Leaf) -> Setting:
@@ -314,8 +327,8 @@ def _leaf(name: str, info: FieldInfo, value: Leaf) -> Setting:
     kind: Any = str if choices else info.annotation
     above_low, below_high = (any(hasattr(rule, attribute) for rule in info.metadata) for attribute in ("gt", "lt"))
     extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-    allowed = str(extra.get("allowed", ""))
-    return Setting(name, kind, value, info.description or "", low, high, choices, above_low, below_high, allowed)
+    allowed, names_file = str(extra.get("allowed", "")), bool(extra.get("names_file"))
+    return Setting(name, kind, value, info.description or "", low, high, choices, above_low, below_high, allowed, names_file)
 
 
 def iter_settings(config: BaseModel, prefix: str = "") -> Iterator[Setting]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Something that came from outside cannot be used: an image, a file, a setting.
@@ -17,6 +20,19 @@ class WeightsError(InputError):
 
 class ProcessError(RuntimeError):
     """Another process that was started to help failed, for a reason that lies in it or in the machine, not in the input."""
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """What cannot be used within is said to be of ``what``, of which there are many.
+
+    Raises:
+        InputError: The one that was raised within, which now begins with ``what``.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 def os_error_text(error: OSError) -> str:

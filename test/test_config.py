@@ -178,3 +178,9 @@ def test_the_profiles_of_the_papers_rank_as_published() -> None:
     assert load_profile("s2m").prompts.boxes.min_confidence == 0.05
     assert (ugains.name, ugains.quality_power, ugains.min_score) == ("ugains", 0.0, 0.0)
     assert (ugains.nms_iou, ugains.nms_containment, ugains.floor, ugains.floor_value) == (0.7, 1.0, "value", -1.0)
+
+
+def test_settings_that_name_files_say_so() -> None:
+    named = {setting.name for setting in iter_settings(PipelineConfig()) if setting.names_file}
+    weights = {"scorer.weights", "prompts.boxes.weights", "segmenter.weights"}
+    assert named == weights | {"scorer.statistics", "runtime.ignore_mask", "runtime.weights_dir"}

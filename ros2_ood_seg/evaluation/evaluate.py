@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import ros2_ood_seg
 from ros2_ood_seg.config import PipelineConfig, iter_settings
-from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.errors import InputError, naming
 from ros2_ood_seg.evaluation import component
 from ros2_ood_seg.evaluation.counts import CountsWriter
 from ros2_ood_seg.evaluation.datasets import DataSet, LabelledImage, Source
@@ -37,8 +37,6 @@ EXACT_PIXELS = 512_000_000
 """Up to this many pixels scores are pooled exactly (about 20 bytes of disk a pixel while it runs); beyond it they are coarsened."""
 COARSE_BITS = 12
 PICTURE_WIDTH_PX = 640
-NAME_FILES = ("weights", "statistics", "ignore_mask", "weights_dir")
-"""Last parts of the settings that name files or folders."""
 STAMP_BYTES = 1 << 20
 """Of large weights files the beginning and the end tell two apart: weights of another training differ everywhere."""
 
@@ -145,13 +143,11 @@ class Evaluation:
         if not self.overlap:
             self._finish_measuring()
         idle_ms = load_ms if self._idle_since is None else (time.perf_counter() - self._idle_since) * 1e3
-        try:
+        with naming(f"frame '{frame.name}'"):
             if not self._warm:
                 self.pipeline.warm_up(*frame.label.shape)
                 self._warm = True
             result = self.pipeline.run(frame.image, external)
-        except InputError as error:
-            raise InputError(f"frame '{frame.name}': {error}") from error
         self._idle_since = time.perf_counter()
         self._start_measuring(frame, result, {"load": load_ms, "idle": idle_ms})
         return result
@@ -250,7 +246,7 @@ def pipeline_stamp(config: PipelineConfig) -> str:
     digest.update(_code_stamp())
     package = Path(ros2_ood_seg.__file__).parent
     # Other texts are names, which folders of results may have, too.
-    named = [Path(str(s.value)) for s in iter_settings(config) if s.name.rpartition(".")[2] in NAME_FILES and s.value]
+    named = [Path(str(s.value)) for s in iter_settings(config) if s.names_file and s.value]
     folders = [package / "weights", *(path for path in named if path.is_dir())]
     folders += [path for path in search_dirs(None)[1:] if path.is_dir()]
     files = [path for path in named if path.is_file()]

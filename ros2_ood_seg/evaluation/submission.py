@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ros2_ood_seg.config import load_profile, parse_overrides
-from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.errors import InputError, naming
 from ros2_ood_seg.evaluation.datasets import check_external, files_ending, list_images, read_map
 from ros2_ood_seg.evaluation.instance import ranking_key
 from ros2_ood_seg.image_encodings import read_rgb
@@ -191,10 +191,8 @@ def run_submission(args: argparse.Namespace) -> int:
     for target in tqdm(missing, total=len(targets), initial=len(targets) - len(missing), desc=f"{config.profile}", unit="image"):
         external = read_map(args.external / f"{target.name}.npy") if args.external else None
         image = read_rgb(target.image)
-        try:
+        with naming(f"'{target.image}'"):
             result = pipeline.run(image, external)
-        except InputError as error:
-            raise InputError(f"'{target.image}': {error}") from error
         if args.benchmark == "smiyc":
             write_smiyc(target.file, MAPS[args.map or "refined"](result).cpu().numpy())
         else:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ros2_ood_seg.config import load_profile, parse_overrides
-from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.errors import InputError, naming
 from ros2_ood_seg.evaluation.cli import checked_output
 from ros2_ood_seg.image_encodings import write_rgb
 from ros2_ood_seg.pipeline import Pipeline
@@ -124,10 +124,8 @@ def measure(pipeline: Pipeline, frames: Frames, worst: Worst) -> dict[str, Any]:
     accuracy = ClassAccuracy()
     for road in tqdm(frames.images, desc=frames.name, unit="frame", mininterval=2.0):
         image, truth = road.read()
-        try:
+        with naming(f"'{road.image}'"):
             result = pipeline.run(image)
-        except InputError as error:
-            raise InputError(f"'{road.image}': {error}") from error
         scores = result.instances.scores.cpu().numpy()
         found += scores.tolist()
         alarmed += bool((scores > 0.5).any())

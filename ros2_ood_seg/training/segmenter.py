@@ -73,6 +73,8 @@ class SegmenterTraining:
         ema: Decay of the averaged weights, which are what is saved.
         quality_weight: Weight of the squared error of the predicted IoU.
         width: Channels of the decoder.
+        warped: Share of the samples that are turned, sheared and stretched.
+        crowded: Share of the samples in which another object stands before or beside the wanted one.
         bfloat16: Autocast of the forward pass.
         seed: Seed of weights and data.
         checkpoint_minutes: Time between checkpoints.
@@ -88,6 +90,8 @@ class SegmenterTraining:
     ema: float = 0.998
     quality_weight: float = 2.0
     width: int = 64
+    warped: float = 0.0
+    crowded: float = 0.0
     bfloat16: bool = False
     seed: int = 0
     checkpoint_minutes: float = 5.0
@@ -96,6 +100,9 @@ class SegmenterTraining:
         for name in ("iterations", "batch_size", "learning_rate", "width"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, allowed: a number above 0")
+        for name in ("warped", "crowded"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}, allowed: a number from 0 to 1")
         if not self.crop_sizes or any(size <= 0 or size % _STRIDE for size in self.crop_sizes):
             raise InputError(f"crop_sizes is {self.crop_sizes}, allowed: one or more positive multiples of {_STRIDE}")
 
@@ -197,7 +204,7 @@ def train_segmenter(
         save_weights(output / "segmenter.safetensors", average.module.state_dict(), {**metadata, **(provenance or {})})
         return measured
 
-    loop.run(_batches(SampleMaker(objects, backgrounds), recipe, loop.done), step, at_checkpoint)
+    loop.run(_batches(SampleMaker(objects, backgrounds, recipe.warped, recipe.crowded), recipe, loop.done), step, at_checkpoint)
     return output / "segmenter.safetensors"
 
 

@@ -23,7 +23,7 @@ from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.datasets import read_labels
 from ros2_ood_seg.image_encodings import read_rgb
 from ros2_ood_seg.segmenters.compact import View, network_input
-from ros2_ood_seg.segmenters.windows import Box, box_window, clip_box, point_window
+from ros2_ood_seg.segmenters.windows import OUTSIDE, Box, box_window, clip_box, point_window
 from ros2_ood_seg.training.cutouts import Cutout, coco_parts, decode_runs, in_layout, read_json, read_mask, read_mask_folder
 from ros2_ood_seg.training.road_images import is_held_out, list_images
 
@@ -36,6 +36,8 @@ _HELD_OUT = 0.125
 # Sides of a point's window, in lengths of the object: a window says nothing of the object's size, so the network has to see
 # windows that hold only a part, or the object as a speck, to promise little there.
 _POINT_WINDOWS = (1 / 6, 12.0)
+# How far a warped sample is turned, sheared and stretched: degrees, tangent and natural logarithm.
+_TURN_DEG, _SHEAR, _STRETCH = 30.0, 0.15, 0.25
 _SOURCE_WEIGHTS = {"coco": 0.5, "coco_panoptic": 0.2, "davis": 0.2, "grabcut": 0.1}
 # Fishyscapes Static pastes objects of PASCAL VOC, so its pictures are left out: "bike_2007_000364".
 _VOC = re.compile(r"_20\d\d_\d{6}$")
@@ -259,9 +261,14 @@ class SampleMaker:
     Args:
         objects: What to segment; drawn by data set, then larger ones, whose masks are more exact, more often.
         backgrounds: Road frames; a part of the samples shows an object pasted on one. Empty for none.
+        warped: Share of the samples that are turned, sheared and stretched, in [0, 1].
+        crowded: Share of the samples in which another object stands before or beside the wanted one, in [0, 1].
     """
 
-    def __init__(self, objects: Sequence[SegmentedObject], backgrounds: Sequence[Image] = ()) -> None:
+    def __init__(
+        self, objects: Sequence[SegmentedObject], backgrounds: Sequence[Image] = (), warped: float = 0.0, crowded: float = 0.0
+    ) -> None:
+        self._warped, self._crowded = warped, crowded
         self._by_source: dict[str, list[SegmentedObject]] = {}
         for item in objects:
             self._by_source.setdefault(item.source, []).append(item)
@@ -279,15 +286,19 @@ class SampleMaker:
         )
 
     def _sample(self, size: int, rng: np.random.Generator) -> tuple[Tensor, NDArray[np.float32], float]:
-        sources = list(self._by_source.values())
-        source = int(rng.choice(len(sources), p=self._weights))
-        item = sources[source][rng.choice(len(sources[source]), p=self._chances[source])]
+        item = self._draw(rng)
         if self._backgrounds and rng.random() < 0.25:
             item = paste(item, self._backgrounds[rng.integers(len(self._backgrounds))], rng)
         kind: Kind = ("box", "point", "both")[rng.choice(3, p=(0.45, 0.4, 0.15))]
-        item = _shrink(_surroundings(item), rng)
+        item = _surroundings(item)
+        # Zero draws nothing, so that recipes without these keep their samples.
+        if self._crowded and rng.random() < self._crowded:
+            item = cover(item, self._draw(rng), rng)
+        item = _shrink(item, rng)
         if rng.random() < 0.5:
             item = _mirror(item)
+        if self._warped and rng.random() < self._warped:
+            item = warp(item, rng)
         view = _view(item, kind, rng)
         rows, columns = view.window.clipped(item.image.shape[:2])
         image = np.array(item.image, order="C")
@@ -299,6 +310,11 @@ class SampleMaker:
         target = cv2.resize(inside, (size, size), interpolation=cv2.INTER_LINEAR if enlarging else cv2.INTER_AREA)
         hidden = (np.count_nonzero(full > 128) - np.count_nonzero(inside > 128)) / inside.size
         return network_input(torch.from_numpy(image), [view], size), target.astype(np.float32) / 255.0, float(hidden)
+
+    def _draw(self, rng: np.random.Generator) -> SegmentedObject:
+        sources = list(self._by_source.values())
+        source = int(rng.choice(len(sources), p=self._weights))
+        return sources[source][rng.choice(len(sources[source]), p=self._chances[source])]
 
 
 def _normalised(weights: Sequence[float]) -> NDArray[np.float64]:
@@ -355,9 +371,13 @@ def rescale(item: SegmentedObject, scale: float) -> SegmentedObject:
     height, width = item.image.shape[:2]
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     mask = cv2.resize(item.full_mask(), size, interpolation=cv2.INTER_AREA)
-    decided = np.where(mask > 160, 255, np.where(mask < 96, 0, 128)).astype(np.uint8)
     image = np.asarray(cv2.resize(item.image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
-    return tight_object(image, decided, item.source, item.group) or item
+    return tight_object(image, _decided(mask), item.source, item.group) or item
+
+
+def _decided(mask: NDArray[Any]) -> Image:
+    """A resampled mask: 255 object, 0 background, 128 where it is about as much of both."""
+    return np.where(mask > 160, 255, np.where(mask < 96, 0, 128)).astype(np.uint8)
 
 
 def _surroundings(item: SegmentedObject) -> SegmentedObject:
@@ -384,6 +404,54 @@ def _mirror(item: SegmentedObject) -> SegmentedObject:
         mask=np.ascontiguousarray(item.mask[:, ::-1]),
         x=item.image.shape[1] - item.x - item.mask.shape[1],
     )
+
+
+def warp(item: SegmentedObject, rng: np.random.Generator) -> SegmentedObject:
+    """Turns, shears and stretches image and object about the object's centre; grey where the image has nothing to show."""
+    angle = np.deg2rad(rng.uniform(-_TURN_DEG, _TURN_DEG))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    shear = np.array([[1.0, rng.uniform(-_SHEAR, _SHEAR)], [0.0, 1.0]])
+    matrix = turn @ shear @ np.diag(np.exp(rng.uniform(-_STRETCH, _STRETCH, size=2)))
+    height, width = item.image.shape[:2]
+    corners = matrix @ np.array([[0, width, 0, width], [0, 0, height, height]], dtype=np.float64)
+    low = corners.min(axis=1)
+    size = (max(1, round(np.ptp(corners[0]))), max(1, round(np.ptp(corners[1]))))
+    # Rows and columns are those of pixel centres.
+    moved = np.column_stack([matrix, matrix @ (0.5, 0.5) - low - 0.5])
+    image = np.asarray(cv2.warpAffine(item.image, moved, size, flags=cv2.INTER_LINEAR, borderValue=(OUTSIDE,) * 3), dtype=np.uint8)
+    mask = cv2.warpAffine(item.full_mask(), moved, size, flags=cv2.INTER_LINEAR)
+    return tight_object(image, _decided(mask), item.source, item.group) or item
+
+
+def cover(item: SegmentedObject, other: SegmentedObject, rng: np.random.Generator) -> SegmentedObject:
+    """Puts another object before or beside the wanted one, 0.3 to 1.5 times as long; it hides at most half of it.
+
+    Returns:
+        What is still to be seen of the object; the object as it was where too little would be.
+    """
+    height, width = item.image.shape[:2]
+    h, w = other.mask.shape
+    scale = max(item.mask.shape) * float(np.exp(rng.uniform(np.log(0.3), np.log(1.5)))) / max(h, w)
+    size = (max(4, round(w * scale)), max(4, round(h * scale)))
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    cutout = cv2.resize(other.image[other.y : other.y + h, other.x : other.x + w], size, interpolation=interpolation)
+    alpha = cv2.resize((other.mask == 255).astype(np.float32), size, interpolation=interpolation)
+    alpha = cv2.GaussianBlur(alpha, (0, 0), float(rng.uniform(0.3, 0.9)))
+    # Its centre lies in the object's box or up to half of the box beside it.
+    x = round(item.x + rng.uniform(-0.5, 1.5) * item.mask.shape[1] - size[0] / 2)
+    y = round(item.y + rng.uniform(-0.5, 1.5) * item.mask.shape[0] - size[1] / 2)
+    left, top, right, bottom = max(x, 0), max(y, 0), min(x + size[0], width), min(y + size[1], height)
+    if right <= left or bottom <= top:
+        return item
+    seen = (slice(top - y, bottom - y), slice(left - x, right - x))
+    image, mask = item.image.copy(), item.full_mask()
+    place = image[top:bottom, left:right]
+    soft = alpha[seen][..., None]
+    place[...] = np.rint(soft * cutout[seen] + (1 - soft) * place).astype(np.uint8)
+    mask[top:bottom, left:right][alpha[seen] > 0.5] = 0
+    if np.count_nonzero(mask == 255) < 0.5 * np.count_nonzero(item.mask == 255):
+        return item
+    return tight_object(image, mask, item.source, item.group) or item
 
 
 def paste(item: SegmentedObject, background: Image, rng: np.random.Generator) -> SegmentedObject:

@@ -244,6 +244,8 @@ def test_negative_numbers_are_refused_before_anything_is_read(flag: str, tmp_pat
         ({"learning_rate": -1.0}, "learning_rate is -1.0, allowed: a number above 0"),
         ({"crop_sizes": (96, 100)}, r"crop_sizes is \(96, 100\), allowed: one or more positive multiples of 32"),
         ({"crop_sizes": ()}, "crop_sizes is"),
+        ({"warped": 1.5}, "warped is 1.5, allowed: a number from 0 to 1"),
+        ({"crowded": -0.1}, "crowded is -0.1, allowed: a number from 0 to 1"),
     ],
 )
 def test_recipes_that_cannot_be_trained(changes: dict[str, Any], message: str) -> None:

@@ -18,6 +18,7 @@ from ros2_ood_seg.training.road_images import is_held_out
 from ros2_ood_seg.training.segmenter_data import (
     SampleMaker,
     SegmentedObject,
+    cover,
     jitter_box,
     load_backgrounds,
     load_labelled,
@@ -26,6 +27,7 @@ from ros2_ood_seg.training.segmenter_data import (
     random_point,
     rescale,
     tight_object,
+    warp,
 )
 
 
@@ -253,3 +255,70 @@ def test_labels_of_another_size_or_meaning_are_refused(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "labels" / "a.png"), np.full((60, 80), 7, np.uint8))
     with pytest.raises(InputError, match="label value 7"):
         load_labelled(tmp_path)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_warping_keeps_image_and_mask_together(seed: int) -> None:
+    item = shape_object(seed)
+    warped = warp(item, np.random.default_rng(seed))
+    mask, inside = warped.full_mask(), warped.image.max(axis=2) > 140
+    assert mask.shape == warped.image.shape[:2]
+    # Away from the rim, where both are interpolated, the object and nothing else is that bright.
+    core = cv2.erode((mask == 255).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    assert core.any()
+    assert inside[core].all()
+    around = cv2.dilate((mask >= 128).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    assert not inside[~around].any()
+    # Turning and shearing keep the area, stretching by a natural logarithm of at most 0.25 a side changes it by at most 0.5.
+    change = np.log(np.count_nonzero(mask == 255) / np.count_nonzero(item.mask == 255))
+    assert abs(change) < 0.6
+
+
+def test_warping_turns_and_stretches() -> None:
+    item = shape_object(4)
+    shapes = {warp(item, np.random.default_rng(seed)).mask.shape for seed in range(5)}
+    assert len(shapes) == 5
+
+
+def test_what_a_warped_image_cannot_show_is_the_grey_beyond_the_border() -> None:
+    white = np.full((60, 90, 3), 255, np.uint8)
+    mask = np.zeros((60, 90), np.uint8)
+    mask[20:40, 30:60] = 255
+    item = tight_object(white, mask, "a", "b")
+    assert item is not None
+    warped = warp(item, np.random.default_rng(3)).image
+    assert {tuple(warped[0, 0]), tuple(warped[-1, -1])} == {(127, 127, 127)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_covering_hides_at_most_half_of_the_object(seed: int) -> None:
+    item, other = shape_object(seed), shape_object(seed + 1)
+    before = item.image.copy()
+    covered = cover(item, other, np.random.default_rng(seed))
+    assert np.array_equal(item.image, before)
+    mask, whole = covered.full_mask() == 255, item.full_mask() == 255
+    assert not (mask & ~whole).any()
+    assert np.count_nonzero(mask) >= 0.5 * np.count_nonzero(whole)
+    # Whatever is no longer object shows the other one, and what is object shows itself.
+    changed = (covered.image != item.image).any(axis=2)
+    assert changed[whole & ~mask].mean() > 0.9 if (whole & ~mask).any() else True
+    core = cv2.erode(mask.astype(np.uint8), np.ones((9, 9), np.uint8)) > 0
+    assert not changed[core].any()
+
+
+def test_covering_changes_something_most_of_the_time() -> None:
+    item, other = shape_object(1), shape_object(2)
+    covered = [cover(item, other, np.random.default_rng(seed)) for seed in range(40)]
+    assert sum(not np.array_equal(one.image, item.image) for one in covered) > 25
+    assert sum(np.count_nonzero(one.mask == 255) < np.count_nonzero(item.mask == 255) for one in covered) > 8
+
+
+def test_shares_of_zero_keep_the_samples_and_shares_of_one_change_them() -> None:
+    objects = [shape_object(seed) for seed in range(4)]
+    plain, zero = (SampleMaker(objects, (), *shares).batch(6, 64, np.random.default_rng(1)) for shares in ((), (0.0, 0.0)))
+    assert torch.equal(plain.crops, zero.crops)
+    for shares in ((1.0, 0.0), (0.0, 1.0)):
+        changed = SampleMaker(objects, (), *shares).batch(6, 64, np.random.default_rng(1))
+        assert not torch.equal(plain.crops, changed.crops)

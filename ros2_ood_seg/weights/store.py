@@ -126,9 +126,9 @@ def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
         path: ``*.safetensors``.
         state: Parameter name to tensor.
         metadata: JSON-serialisable; read back by :func:`load_weights`.
-        half: Store floating-point tensors as float16.
+        half: Store floating-point tensors as float16, but those that hold greater numbers than it knows.
     """
-    tensors = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().contiguous() for k, v in state.items()}
+    tensors = {k: (_halved(v) if half and v.is_floating_point() else v).detach().cpu().contiguous() for k, v in state.items()}
     # Layers that are tied share their memory, which the format does not know.
     storages: set[int] = set()
     for name, value in tensors.items():
@@ -143,6 +143,12 @@ def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
     partial.replace(path)
 
 
+def _halved(values: Tensor) -> Tensor:
+    """In float16, but as they are where a number would become infinite: variances of a batch norm can be that great."""
+    half = values.half()
+    return half if torch.equal(half.isfinite(), values.isfinite()) else values
+
+
 def load_into(module: torch.nn.Module, weights: WeightFile, expected: str) -> None:
     """Loads a state dict strictly.
 
@@ -152,7 +158,7 @@ def load_into(module: torch.nn.Module, weights: WeightFile, expected: str) -> No
         expected: Name of the family, for the message.
 
     Raises:
-        WeightsError: Missing, unexpected or differently shaped entries; lists the first few.
+        WeightsError: Missing, unexpected or differently shaped entries, or values that are not finite; lists the first few.
     """
     own = module.state_dict()
     missing = [key for key in own if key not in weights.state]
@@ -169,6 +175,9 @@ def load_into(module: torch.nn.Module, weights: WeightFile, expected: str) -> No
     ]
     if problems:
         raise WeightsError(f"weights file '{weights.path}' is not of the family '{expected}': {'; '.join(problems)}")
+    not_finite = [key for key in own if not torch.isfinite(weights.state[key]).all()]
+    if not_finite:
+        raise WeightsError(f"weights file '{weights.path}' holds values that are not finite, in {', '.join(not_finite[:3])}")
     module.load_state_dict(weights.state)
 
 

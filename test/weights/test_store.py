@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from ros2_ood_seg.errors import WeightsError
 from ros2_ood_seg.weights.store import BUNDLED_DIR, ENVIRONMENT_VARIABLE, find_weights, load_into, load_weights, save_weights
@@ -61,6 +62,22 @@ def test_half_precision_is_stored_and_widened(tmp_path: Path) -> None:
     assert found["weight"].dtype == torch.float32
     torch.testing.assert_close(found["weight"], torch.tensor([1.0, 1 / 3]), atol=1e-3, rtol=0)
     assert found["steps"].item() == 5
+
+
+def test_numbers_too_great_for_half_precision_are_kept_in_full(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save_weights(path, {"variance": torch.tensor([0.5, 75845.4]), "bound": torch.tensor([-torch.inf, 1.0])}, {})
+    with safe_open(path, "pt") as stored:
+        assert stored.get_tensor("variance").dtype == torch.float32
+        assert stored.get_tensor("bound").dtype == torch.float16
+    assert load_weights(path).state["variance"].tolist() == pytest.approx([0.5, 75845.4])
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save_weights(path, {**state(), "bias": torch.tensor([0.0, torch.inf])}, {})
+    with pytest.raises(WeightsError, match=r"net.safetensors' holds values that are not finite, in bias"):
+        load_into(torch.nn.Linear(3, 2), load_weights(path), "linear")
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -20,6 +23,9 @@ from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.bag_messages import COMPRESSED_IMAGE, RAW_IMAGE, make_header, typestore
 from ros2_ood_seg.synthetic import SyntheticDrive
 
+RESERVE_BYTES = 1 << 25
+"""Of the disk that a bag holds which stays when it is unfinished: for its last messages, and for the index of some 100 GB."""
+
 DRIVE_IMAGE, DRIVE_LABEL, DRIVE_INSTANCE = "/camera/image", "/camera/anomaly_label", "/camera/instance_label"
 
 
@@ -30,11 +36,11 @@ class BagWriter:
         path: A folder to make; or, ending in ``.mcap``, a single file.
         storage: Format of the file inside the folder.
         replace: A single file may replace an older one, when it is complete.
-        keep_unfinished: What was written before an error is closed properly and stays; otherwise it is removed, as it is when the disk is
-            full and has no room for the index that a reader needs.
+        keep_unfinished: What was written before an error is closed properly and stays, also when the error is that the disk is full: room
+            for the index that a reader needs is set aside. Otherwise it is removed.
 
     Raises:
-        InputError: The path exists, or its folder cannot be written.
+        InputError: The path exists, or it cannot be written; from all methods when the disk is full.
     """
 
     def __init__(
@@ -52,22 +58,44 @@ class BagWriter:
         plugin = StoragePlugin.MCAP if storage == "mcap" else StoragePlugin.SQLITE3
         self._writer = Writer(self._folder / self.path.stem, version=9, storage_plugin=plugin)
         self._keep_unfinished = keep_unfinished
+        self._reserve = self._folder / "reserve"
         self._connections: dict[str, Connection] = {}
         self._foreign: Typestore | None = None
 
     def __enter__(self) -> BagWriter:
-        self._writer.open()
+        try:
+            with self._writable():
+                if self._keep_unfinished:
+                    with self._reserve.open("xb") as reserve:
+                        os.posix_fallocate(reserve.fileno(), 0, RESERVE_BYTES)
+                self._writer.open()
+        except InputError:
+            self._remove()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self._writer.close()
+            with self._writable():
+                self._reserve.unlink(missing_ok=True)
+                self._writer.close()
             written = self._folder / self.path.stem
             if kind is not None and not self._keep_unfinished:
                 return
             (next(written.glob("*.mcap")) if self.path.suffix == ".mcap" else written).replace(self.path)
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._remove()
+
+    def _remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @contextmanager
+    def _writable(self, before: str = "") -> Iterator[None]:
+        """Names the bag, which errors of open files do not, and what became of what was written before."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"bag '{self.path}' cannot be written: {error.strerror or error}{before}") from error
 
     def write_raw(self, topic: str, msgtype: str, time_ns: int, data: bytes, definition: str | None = None) -> None:
         """Writes a serialised message.
@@ -80,11 +108,12 @@ class BagWriter:
             definition: ``.msg`` text with those of all nested types; not needed for types that ROS or this package defines.
 
         Raises:
-            InputError: A type that is neither known nor defined.
+            InputError: A type that is neither known nor defined, or a full disk.
         """
         if topic not in self._connections:
             self._connections[topic] = self._writer.add_connection(topic, msgtype, typestore=self._store(msgtype, definition))
-        self._writer.write(self._connections[topic], time_ns, data)
+        with self._writable("; it holds what came before" if self._keep_unfinished else ""):
+            self._writer.write(self._connections[topic], time_ns, data)
 
     def _store(self, msgtype: str, definition: str | None) -> Typestore:
         """A type store that knows the type."""

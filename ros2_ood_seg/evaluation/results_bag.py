@@ -76,7 +76,7 @@ class ResultsBag:
     """Writes answers as one MCAP file; use it as a context manager. Log times are those of the source images.
 
     Compressed source images are copied byte for byte, raw ones become JPEG under ``<topic>/compressed``: everything can be seen in this
-    one file, and it does not grow as the recording did. What was written before an error stays, unless that was a full disk.
+    one file, and it does not grow as the recording did. What was written before an error stays.
 
     Args:
         path: File to write; an older one is replaced.
@@ -84,7 +84,7 @@ class ResultsBag:
         overlap: Draw and encode in the background, while the caller works on the next frame.
 
     Raises:
-        InputError: The file cannot be written.
+        InputError: The file cannot be written, from all methods when the disk is full.
     """
 
     def __init__(self, path: Path, pictures: bool = True, overlap: bool = False) -> None:

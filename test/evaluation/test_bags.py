@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 from ros2_ood_seg import rle
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.bag_messages import instances_from_message, make_header, typestore
-from ros2_ood_seg.evaluation.bag_writer import DRIVE_IMAGE, DRIVE_INSTANCE, DRIVE_LABEL, BagWriter, write_drive
+from ros2_ood_seg.evaluation.bag_writer import DRIVE_IMAGE, DRIVE_INSTANCE, DRIVE_LABEL, RESERVE_BYTES, BagWriter, write_drive
 from ros2_ood_seg.evaluation.bags import BagReader, Topic
 from ros2_ood_seg.synthetic import SyntheticDrive
 
@@ -167,6 +170,38 @@ def test_nothing_is_overwritten_and_a_failed_bag_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match=r"got \(2, 2\) float64"), BagWriter(tmp_path / "new.mcap") as bag:
         bag.write_image("/image", np.zeros((2, 2)), 0)
     assert [p.name for p in tmp_path.iterdir()] == ["bag"]
+
+
+class SmallDisk(io.FileIO):
+    """A file on a disk with room for an unfinished bag's reserve and two chunks of messages and a half."""
+
+    def write(self, data: Any) -> int:
+        taken = sum(path.stat().st_size for path in Path(str(self.name)).parents[1].rglob("*") if path.is_file())
+        left = RESERVE_BYTES + 5 * 2**19 - taken
+        if left <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(memoryview(data)[:left])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_full_disk_is_named_and_an_unfinished_bag_that_stays_can_be_read(tmp_path, monkeypatch, keep):
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda p, *a, **k: io.BufferedWriter(SmallDisk(p, "x")) if p.suffix == ".mcap" else real(p, *a, **k))
+    written = []
+
+    def fill() -> None:
+        with BagWriter(tmp_path / "full.mcap", keep_unfinished=keep) as bag:
+            for k in range(9000):
+                written.append(k % 251)
+                bag.write_image("/cam", np.full((100, 100), written[-1], np.uint8), k)
+
+    with pytest.raises(InputError, match=r"full\.mcap' cannot be written: No space left on device" + "; it holds what came before" * keep):
+        fill()
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["full.mcap"] * keep
+    if keep:
+        with BagReader(tmp_path / "full.mcap") as bag:
+            assert [image.labels()[0, 0] for image in bag.iter_images("/cam")] == written
 
 
 def anomaly_message(masks: np.ndarray):

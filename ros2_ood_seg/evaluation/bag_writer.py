@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import cv2
 import numpy as np
@@ -25,6 +26,8 @@ from ros2_ood_seg.synthetic import SyntheticDrive
 
 RESERVE_BYTES = 1 << 25
 """Of the disk that a bag holds which stays when it is unfinished: for its last messages, and for the index of some 100 GB."""
+
+_PREFIX, _LOCK = ".bag-", "lock"
 
 DRIVE_IMAGE, DRIVE_LABEL, DRIVE_INSTANCE = "/camera/image", "/camera/anomaly_label", "/camera/instance_label"
 
@@ -52,7 +55,9 @@ class BagWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # rosbag2 writers make folders; a single file is taken out of one when it is complete.
-            self._folder = Path(tempfile.mkdtemp(prefix=".bag-", dir=self.path.parent))
+            remove_abandoned(self.path.parent)
+            self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self.path.parent))
+            self._lock = _locked(self._folder)
         except OSError as error:
             raise InputError(f"bag '{path}' cannot be written: {error}") from error
         plugin = StoragePlugin.MCAP if storage == "mcap" else StoragePlugin.SQLITE3
@@ -88,6 +93,7 @@ class BagWriter:
 
     def _remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
 
     @contextmanager
     def _writable(self, before: str = "") -> Iterator[None]:
@@ -173,6 +179,26 @@ class BagWriter:
         cls = typestore().types[COMPRESSED_IMAGE]
         message = cls(make_header(stamp_ns, frame_id), "rgb8; jpeg compressed bgr8", data)
         self.write(topic, message, stamp_ns if time_ns is None else time_ns)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes what bags left in a folder whose process was killed while it wrote them; those that are being written stay."""
+    for path in folder.glob(f"{_PREFIX}*/{_LOCK}"):
+        # It is locked, somebody else's, or has just gone.
+        with suppress(OSError), path.open("r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent)
+
+
+def _locked(folder: Path) -> IO[bytes]:
+    """A file in a new folder that is locked until it is closed, at the latest when the process ends."""
+    lock = (folder / "new").open("xb")
+    # Where files cannot be locked, the folder is never taken for abandoned.
+    with suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # It has its name only when it is locked.
+        (folder / "new").rename(folder / _LOCK)
+    return lock
 
 
 def write_drive(path: str | Path, drive: SyntheticDrive) -> None:

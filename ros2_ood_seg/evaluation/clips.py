@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation.bag_messages import NS_PER_S, instances_from_message, typestore
-from ros2_ood_seg.evaluation.bag_writer import BagWriter
+from ros2_ood_seg.evaluation.bag_writer import BagWriter, remove_abandoned
 from ros2_ood_seg.evaluation.bags import BagReader, RawMessage
 from ros2_ood_seg.evaluation.events import Event, Track
 from ros2_ood_seg.evaluation.results_bag import NODE, iter_instances
@@ -68,6 +68,7 @@ class ClipFolder:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(folder)
             self._remove_old({str(entry[key]) for entry in kept for key in FILES})
             self.save_index(kept)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -3,6 +3,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +205,21 @@ def test_a_full_disk_is_named_and_an_unfinished_bag_that_stays_can_be_read(tmp_p
     if keep:
         with BagReader(tmp_path / "full.mcap") as bag:
             assert [image.labels()[0, 0] for image in bag.iter_images("/cam")] == written
+
+
+def test_what_a_killed_process_left_goes_and_what_another_one_writes_stays(tmp_path):
+    code = "import sys; from ros2_ood_seg.evaluation.bag_writer import BagWriter\nwith BagWriter(sys.argv[1]): print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "other.mcap")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    other.stdout.readline()
+    (folder,) = tmp_path.iterdir()
+    write_sample(tmp_path / "while.mcap")
+    assert folder.is_dir()
+    other.send_signal(signal.SIGKILL)
+    other.communicate()
+    assert folder.is_dir()
+    write_sample(tmp_path / "after.mcap")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["after.mcap", "while.mcap"]
 
 
 def anomaly_message(masks: np.ndarray):

@@ -24,6 +24,8 @@ from ros2_ood_seg.visualization import draw_overlay, side_by_side
 
 INDEX = "clips.json"
 FILES = ("bag", "picture")
+UNLISTED = ".unlisted"
+"""Ending of hidden files that name, one a line, the files of a drive's clips until the index does."""
 COLUMNS = 4
 PANEL_WIDTH_PX = 480
 CROP_MARGIN = 3.0
@@ -93,14 +95,19 @@ class ClipFolder:
             InputError: A bag cannot be read or written.
         """
         written = []
+        # A process that is killed leaves clips that no index lists: with this, the next one knows whose they are.
+        names = self.folder / f".{drive.name}{UNLISTED}"
         with BagReader(drive.bag) as bag, BagReader(drive.results) as results, contextlib.ExitStack() as unlisted:
+            unlisted.callback(names.unlink, missing_ok=True)
             for number, whole in enumerate(events, start=1):
                 stop_ns = min(whole.stop_ns, bag.end_ns if until_ns is None else until_ns)
                 event = replace(whole, start_ns=max(whole.start_ns, bag.start_ns), stop_ns=stop_ns)
                 stem = f"{drive.name}_{number:04d}"
-                # What an interrupt leaves stands in no index, so that no later run would remove it.
-                for suffix in ("mcap", "jpg"):
-                    unlisted.callback((self.folder / f"{stem}.{suffix}").unlink, missing_ok=True)
+                files = [f"{stem}.mcap", f"{stem}.jpg"]
+                for name in files:
+                    unlisted.callback((self.folder / name).unlink, missing_ok=True)
+                with names.open("a", encoding="utf-8") as file:
+                    file.writelines(f"{name}\n" for name in files)
                 write_bag(self.folder / f"{stem}.mcap", bag, results, event, None if all_topics else _camera_topics(bag, drive))
                 strip = contact_strip(bag, results, drive.topic, event)
                 (self.folder / f"{stem}.jpg").write_bytes(_jpeg(strip))
@@ -121,16 +128,20 @@ class ClipFolder:
         return all((self.folder / entry[key]).is_file() for key in FILES)
 
     def save_index(self, clips: Sequence[dict[str, Any]]) -> None:
-        """Writes ``clips.json``."""
+        """Writes ``clips.json``, which lists all clips that are in the folder."""
         (self.folder / INDEX).write_text(json.dumps(list(clips), indent=1) + "\n", encoding="utf-8")
+        for names in self.folder.glob(f".*{UNLISTED}"):
+            names.unlink()
 
     def _remove_old(self, kept: Container[str]) -> None:
         index = self.folder / INDEX
-        if index.is_file():
-            for entry in json.loads(index.read_text(encoding="utf-8")):
-                for key in FILES:
-                    if entry[key] not in kept:
-                        (self.folder / Path(str(entry[key])).name).unlink(missing_ok=True)
+        entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else []
+        old = [str(entry[key]) for entry in entries for key in FILES]
+        for names in self.folder.glob(f".*{UNLISTED}"):
+            old += names.read_text(encoding="utf-8").splitlines()
+        for name in old:
+            if name not in kept:
+                (self.folder / Path(name).name).unlink(missing_ok=True)
 
 
 def write_bag(path: Path, bag: BagReader, results: BagReader, event: Event, topics: Iterable[str] | None) -> None:

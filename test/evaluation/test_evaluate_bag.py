@@ -414,6 +414,27 @@ def test_clips_that_are_interrupted_while_they_are_written_leave_nothing(tmp_pat
     assert [path.name for path in (tmp_path / "clips").iterdir()] == ["clips.json"]
 
 
+def test_clips_of_workers_that_no_index_lists_are_replaced_by_those_of_the_next_run(tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        with BagWriter(tmp_path / f"{name}.mcap") as bag:
+            write_frames(bag, tmp_path / "maps", range(8))
+    bags = ("--bag", tmp_path / "first.mcap", tmp_path / "second.mcap", "--image-topic", "/front/image")
+    arguments = (*bags, "--clips", tmp_path / "clips", *CLIPS)
+
+    def interrupted(job: BagJob, parts: Sequence[Sequence[BagRun]], *_: Any) -> None:
+        job.worker()(parts[0])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_bag, "run_on_ray", interrupted)
+        evaluate(tmp_path, *arguments, "--workers", 2, code=130)
+    assert (tmp_path / "clips/first_0001.mcap").is_file()
+    (tmp_path / "clips/notes.txt").touch()
+    # The same command would have taken them; this one finds nothing.
+    evaluate(tmp_path, *arguments, "--clip-min-frames", 50)
+    assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == ["clips.json", "notes.txt"]
+
+
 def test_clips_end_where_the_recording_breaks_off(tmp_path, monkeypatch, capsys):
     with BagWriter(tmp_path / "drive") as bag:
         write_frames(bag, tmp_path / "maps", range(8))

@@ -79,7 +79,9 @@ class FrameStatistics:
         with self._lock:
             return {name: self._counts[name] for name in ("received", "answered", "replaced", "rejected")}
 
-    def status(self, name: str, state: str, about: Mapping[str, str], failure: str = "", missing: str = "") -> DiagnosticStatus:
+    def status(
+        self, name: str, state: str, about: Mapping[str, str], failure: str = "", missing: str = "", unheard: str = ""
+    ) -> DiagnosticStatus:
         """The diagnostics entry.
 
         Args:
@@ -88,6 +90,7 @@ class FrameStatistics:
             about: Further entries: profile, device.
             failure: What keeps the node from doing what it was told, until it is mended; other errors are forgotten after a while.
             missing: What images have to come with, to say why none of them is answered.
+            unheard: Which publisher of an input does not fit, as long as it is there.
         """
         counts = self.counts()
         with self._lock:
@@ -98,7 +101,7 @@ class FrameStatistics:
                 p50, p95 = np.percentile(times_ms, (50, 95))
                 values[f"{stage} p50 [ms]"], values[f"{stage} p95 [ms]"] = f"{p50:.1f}", f"{p95:.1f}"
             values |= {"last error": self._error, "memory, peak [MiB]": f"{peak_memory_mb():.0f}"}
-            recent_error = failure or (self._error if time.monotonic() - self._error_s < _ERROR_MEMORY_S else "")
+            recent_error = failure or (self._error if time.monotonic() - self._error_s < _ERROR_MEMORY_S else unheard)
             # So long ago is the last answer, or the first image after a pause.
             waited_s = time.monotonic() - max([self._since_s, *self._answered_s]) if input_hz else 0.0
             # A pipeline that takes longer than that is slow, not stalled.

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.node import Node
+from rclpy.qos import QoSCompatibility, qos_check_compatible
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
@@ -54,6 +55,10 @@ class Frame:
             InputError: The image or the map cannot be used.
         """
         return image_to_rgb(self.image), None if self.anomaly_map is None else image_to_scores(self.anomaly_map)
+
+
+def _incompatible(topic: str, reason: str) -> str:
+    return f"a publisher of {topic} offers an incompatible quality of service ({reason}); nothing of it arrives"
 
 
 class FrameSource:
@@ -130,6 +135,19 @@ class FrameSource:
         """Images that are frames: with their anomaly map, where one is needed."""
         return self._frames
 
+    def unheard(self) -> str:
+        """Which publisher there is whose quality of service does not fit, and why; empty when all fit."""
+        node, own = self._node, (self._node.get_name(), self._node.get_namespace())
+        for topic in (subscriber.sub.topic_name for subscriber in self._subscribers):
+            for wanted in node.get_subscriptions_info_by_topic(topic):
+                if (wanted.node_name, wanted.node_namespace) != own:
+                    continue
+                for offered in node.get_publishers_info_by_topic(topic):
+                    compatibility, reason = qos_check_compatible(offered.qos_profile, wanted.qos_profile)
+                    if compatibility == QoSCompatibility.ERROR:
+                        return _incompatible(topic, reason.removeprefix("ERROR: ").rstrip("; "))
+        return ""
+
     def destroy(self) -> None:
         """Unsubscribes; call it from the executor's thread."""
         for subscriber in self._subscribers:
@@ -137,8 +155,7 @@ class FrameSource:
 
     def _subscriber(self, kind: type, topic: str, depth: int) -> Any:
         def incompatible(event: Any) -> None:
-            policy = event.last_policy_kind
-            self._on_problem(f"a publisher of {topic} offers an incompatible quality of service ({policy}); nothing of it arrives")
+            self._on_problem(_incompatible(topic, str(event.last_policy_kind)))
 
         subscriber = compat.Subscriber(
             self._node,

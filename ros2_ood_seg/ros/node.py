@@ -259,14 +259,16 @@ class OodSegmenter(LifecycleNode):
     def _publish_diagnostics(self) -> None:
         config = self._settings.pipeline_config
         about = {"profile": config.profile, "scorer": config.scorer.name, "segmenter": config.segmenter.name}
-        missing = ""
+        missing = unheard = ""
         if self._pipeline is not None:
             about["device"] = str(self._pipeline.runtime.device)
-        if self._source is not None and config.scorer.name == "external":
-            about["images without anomaly_map"] = str(self._source.waiting)
-            if not self._source.matched:
-                missing = f"no anomaly_map of their stamp within external.queue_size ({self._settings.node_config.external.queue_size})"
-        status = self._statistics.status(self.get_fully_qualified_name(), self._state, about, self._failure, missing)
+        if self._source is not None:
+            unheard = self._source.unheard()
+            if config.scorer.name == "external":
+                about["images without anomaly_map"] = str(self._source.waiting)
+                if not self._source.matched:
+                    missing = f"no anomaly_map of their stamp within external.queue_size ({self._settings.node_config.external.queue_size})"
+        status = self._statistics.status(self.get_fully_qualified_name(), self._state, about, self._failure, missing, unheard)
         message = DiagnosticArray(status=[status])
         message.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(message)

@@ -20,6 +20,7 @@ from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from rcl_interfaces.srv import SetParameters
+from rclpy.qos import qos_profile_sensor_data
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
@@ -357,6 +358,18 @@ def test_a_quality_of_service_that_cannot_be_used_is_named(start_node: StartNode
     client.until(lambda: "cannot configure" in broken.output, "the other's reason")
     assert client.node.count_publishers("/other/ood_segmenter/instances") == 0
     assert node.end() == broken.end() == 0
+
+
+def test_a_camera_whose_quality_of_service_does_not_fit_is_named_until_it_goes(start_node: StartNode, client: Client) -> None:
+    start_node(**{"qos_overrides./image.subscription.reliability": "reliable"})
+    client.connect(client.images)
+    camera = client.node.create_publisher(Image, "image", qos_profile_sensor_data)
+    client.until(lambda: "incompatible quality" in client.diagnostics.get("message", ""), "the reason")
+    # Errors that are over are forgotten after 10 s.
+    client.spin(11.0)
+    assert "a publisher of /image offers an incompatible quality of service (Best effort" in client.diagnostics["message"]
+    client.node.destroy_publisher(camera)
+    client.until(lambda: "no images arrive" in client.diagnostics["message"], "the camera to be forgotten")
 
 
 def test_compressed_images_remapped_in_a_namespace_under_simulated_time(start_node: StartNode, dds: int) -> None:

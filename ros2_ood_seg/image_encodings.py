@@ -22,6 +22,8 @@ Buffer = Any
 """Anything with the buffer protocol: bytes, an array, the ``array.array`` of an rclpy message."""
 
 _PNG_PALETTE = 3
+_BMP_OR_TIFF = (b"BM", b"II*\0", b"MM\0*")
+_SPREAD = "a label image has {} bit a pixel, which are read spread over 0 to 255: save labels with 8 bit"
 _TAIL_BYTES = 65_536
 """Among so many last bytes of a file is its end marker, whatever a camera appends."""
 MAX_SIDE_PX = 16_384
@@ -267,18 +269,29 @@ def decode_numbers(data: Buffer, image_format: str = "") -> NDArray[Any]:
         (H, W) or (H, W, C), uint8 or uint16.
 
     Raises:
-        InputError: As :func:`decode_compressed`, or grey of fewer than 8 bit, which would be spread over 0 to 255.
+        InputError: As :func:`decode_compressed`, or grey of fewer than 8 bit, which would be spread over 0 to 255, or a GIF.
     """
-    image = _decode_file(data, image_format, cv2.IMREAD_UNCHANGED)
     head = bytes(memoryview(data)[:26])
-    if head.startswith(b"\x89PNG") and head[25] == _PNG_PALETTE:
-        # Comes with torchvision; OpenCV gives colours only.
-        from PIL import Image
+    if head.startswith(b"GIF8"):
+        raise InputError("a label image is a GIF, in which programs number the labels anew: save labels as PNG, from where they come from")
+    image = _decode_file(data, image_format, cv2.IMREAD_UNCHANGED)
+    if head.startswith(b"\x89PNG") and head[25] != _PNG_PALETTE:
+        if head[24] < 8:
+            raise InputError(_SPREAD.format(head[24]))
+        return image
+    if not head.startswith((b"\x89PNG", *_BMP_OR_TIFF)):
+        return image
+    # Comes with torchvision; OpenCV gives the colours of a palette only.
+    from PIL import Image, UnidentifiedImageError
 
-        return np.asarray(Image.open(io.BytesIO(data)))
-    if head.startswith(b"\x89PNG") and head[24] < 8:
-        raise InputError(f"a label image has {head[24]} bit a pixel, which are read spread over 0 to 255: save labels with 8 bit")
-    return image
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            if file.mode == "1":
+                raise InputError(_SPREAD.format(1))
+            return np.asarray(file) if file.mode == "P" else image
+    # OpenCV reads some TIFF files that Pillow does not.
+    except UnidentifiedImageError:
+        return image
 
 
 def decode_compressed_labels(data: Buffer, image_format: str = "") -> NDArray[np.int32]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import io
 import itertools
 
 import cv2
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.image_encodings import (
@@ -238,6 +240,34 @@ def test_compressed_labels():
         decode_compressed_labels(encode_file(labels.astype(np.uint8), ".jpg"))
     with pytest.raises(InputError, match="one channel, got 3"):
         decode_compressed_labels(encode_file(random_rgb(0, 4, 4), ".png"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+@pytest.mark.parametrize("colours", [[0, 0, 0, 255, 255, 255], [0, 0, 0, 200, 30, 30]])
+def test_labels_with_a_palette_are_its_numbers_in_every_format(kind: str, colours: list[int]) -> None:
+    labels = np.random.default_rng(1).integers(0, 2, (9, 11)).astype(np.uint8)
+    picture, file = Image.fromarray(labels), io.BytesIO()
+    picture.putpalette(colours + [9] * (768 - len(colours)))
+    picture.save(file, kind)
+    np.testing.assert_array_equal(decode_compressed_labels(file.getvalue()), labels)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+def test_grey_labels_are_their_numbers_and_those_of_one_bit_are_refused(kind: str) -> None:
+    labels = np.random.default_rng(1).integers(0, 2, (9, 11)).astype(np.uint8)
+    whole, bits = io.BytesIO(), io.BytesIO()
+    Image.fromarray(labels).save(whole, kind)
+    np.testing.assert_array_equal(decode_compressed_labels(whole.getvalue()), labels)
+    Image.fromarray(labels == 1).save(bits, kind)
+    with pytest.raises(InputError, match="1 bit a pixel"):
+        decode_compressed_labels(bits.getvalue())
+
+
+def test_labels_as_gif_are_refused() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.eye(4, dtype=np.uint8) * 255).save(file, "GIF")
+    with pytest.raises(InputError, match=r"is a GIF.* save labels as PNG"):
+        decode_compressed_labels(file.getvalue())
 
 
 @pytest.mark.parametrize("encoding", ["bayer_rggb8", "bayer_gbrg8", "bayer_rggb16"])

@@ -215,7 +215,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "segment",
         help="find anomalies in images, folders, videos and bags",
-        description="Writes overlay_<stem>.jpg and <stem>.json (COCO run-length masks, boxes, scores) for every frame.",
+        description="Writes overlay_<stem>.jpg and <stem>.json (COCO run-length masks, boxes, scores) for every frame. "
+        "Pictures are turned as their orientation tags say, other than in evaluations.",
     )
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="image, folder of images, video, or rosbag2 recording")
     parser.add_argument("--profile", default="compact", help="bundled profile or path of a YAML file (default: %(default)s)")

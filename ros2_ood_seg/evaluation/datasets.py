@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ros2_ood_seg.errors import InputError
-from ros2_ood_seg.image_encodings import decode_numbers, read_rgb
+from ros2_ood_seg.image_encodings import decode_compressed, decode_numbers, read_rgb
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 IDENTITY: Mapping[int, int] = {0: 0, 1: 1, 255: 255}
@@ -129,7 +129,11 @@ class DataSet:
         image = read_rgb(source.image)
         label = read_cityscapes_ids(source.label) if self.cityscapes_ids else read_labels(source.label, self.values)
         if label.shape != image.shape[:2]:
-            raise InputError(f"'{source.label}' is {_hw(label)}, its image '{source.image}' is {_hw(image)}; they must be equal")
+            turned = decode_compressed(source.image.read_bytes()).shape[:2] == label.shape
+            hint = ": it fits the picture turned as its orientation tag says, which is not applied here; save it turned, without the tag"
+            raise InputError(
+                f"'{source.label}' is {_hw(label)}, its image '{source.image}' is {_hw(image)}; they must be equal" + hint * turned
+            )
         instances = None
         if source.instances is not None:
             instances = _read(source.instances).astype(np.int32)

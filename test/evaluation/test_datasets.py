@@ -287,6 +287,23 @@ def test_pictures_that_are_cut_short_are_refused(tmp_path: Path) -> None:
         dataset.load(dataset.sources[2])
 
 
+def test_labels_that_were_drawn_on_the_turned_picture_are_explained(tmp_path: Path) -> None:
+    put(tmp_path / "labels" / "c.png", LABEL)
+    put(tmp_path / "images" / "c.jpg", image())
+    dataset = open_dataset("folder", tmp_path)
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    (height, width), path = LABEL.shape, tmp_path / "images" / "c.jpg"
+    Image.new("RGB", (width, height)).save(path, exif=tag)
+    np.testing.assert_array_equal(dataset.load(dataset.sources[0]).label, LABEL)
+    Image.new("RGB", (height, width)).save(path, exif=tag)
+    with pytest.raises(InputError, match="they must be equal: it fits the picture turned as its orientation tag says"):
+        dataset.load(dataset.sources[0])
+    Image.new("RGB", (height, width)).save(path)
+    with pytest.raises(InputError, match=r"they must be equal$"):
+        dataset.load(dataset.sources[0])
+
+
 def test_labels_of_one_bit_are_refused(tmp_path: Path) -> None:
     plain(tmp_path)
     assert cv2.imwrite(str(tmp_path / "labels" / "b.png"), LABEL, [cv2.IMWRITE_PNG_BILEVEL, 1])

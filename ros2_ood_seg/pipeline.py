@@ -155,8 +155,12 @@ class Pipeline:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets earlier frames: call it when the stream starts anew or time jumps back."""
+        """Forgets earlier frames: call it before another stream; tracks are numbered from 1 again."""
         self.tracker.reset()
+
+    def forget(self) -> None:
+        """The same where the stream goes on, as after a jump of time: no number of a track is used again."""
+        self.tracker.forget()
 
     @contextmanager
     def _timed(self, stage: str, timings: dict[str, float]) -> Iterator[None]:

@@ -225,7 +225,7 @@ class OodSegmenter(LifecycleNode):
         pipeline = self._current_pipeline()
         if frame.epoch != self._epoch:
             self.get_logger().info("time jumped back, tracks start anew")
-            pipeline.reset()
+            pipeline.forget()
         self._epoch = frame.epoch
         result = pipeline.run(image, scores)
         if not mailbox.closed and self._outputs is not None:

@@ -37,9 +37,13 @@ class IoUTracker:
         if not config.enabled:
             self._tracks = []
 
-    def reset(self) -> None:
-        """Forgets all tracks; for when time jumps or the camera changes."""
+    def forget(self) -> None:
+        """Ends all tracks; for when time jumps in a stream that goes on. Numbers go on, too."""
         self._tracks = []
+
+    def reset(self) -> None:
+        """Ends all tracks and begins at 1 again; for another stream."""
+        self.forget()
         self._next_id = 1
 
     def update(self, instances: Instances) -> Instances:

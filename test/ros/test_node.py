@@ -193,7 +193,8 @@ def test_tracks_start_anew_when_time_jumps_back(running: Running) -> None:
         ask(client, second * SECOND, box)
         tracks += [instance.track_id for instance in client.answer("instances", second * SECOND).instances]
     assert tracks[0] == tracks[1] != tracks[2]
-    assert tracks[3] == 1
+    # No id means two objects, also to those who do not look at stamps.
+    assert tracks[3] > max(tracks[:3])
 
 
 def test_a_transition_that_does_not_fit_the_state_is_refused(running: Running) -> None:

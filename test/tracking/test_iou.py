@@ -89,3 +89,10 @@ def test_reset_starts_from_one() -> None:
     track.update(seen((0, 0), (50, 30)))
     track.reset()
     assert track.update(seen((50, 30))).track_ids.tolist() == [1]
+
+
+def test_forget_ends_tracks_and_goes_on_counting() -> None:
+    track = tracker()
+    track.update(seen((0, 0), (50, 30)))
+    track.forget()
+    assert track.update(seen((50, 30))).track_ids.tolist() == [3]

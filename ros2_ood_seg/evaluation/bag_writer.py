@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -71,8 +70,7 @@ class BagWriter:
         try:
             with self._writable():
                 if self._keep_unfinished:
-                    with self._reserve.open("xb") as reserve:
-                        os.posix_fallocate(reserve.fileno(), 0, RESERVE_BYTES)
+                    self._reserve.write_bytes(bytes(RESERVE_BYTES))
                 self._writer.open()
         except InputError:
             self._remove()

@@ -266,7 +266,7 @@ class BagEvaluation:
         join: Another process has opened the job, and makes the report.
 
     Raises:
-        InputError: The profile cannot run, a folder cannot be used, or clips are wanted without tracks.
+        InputError: The profile cannot run, a folder cannot be used, clips are wanted without tracks, or would replace a recording.
     """
 
     def __init__(self, job: BagJob, join: bool = False) -> None:
@@ -283,7 +283,7 @@ class BagEvaluation:
             if not join:
                 done = [self.finished(run) for run in job.runs]
                 self._indexed = [clip for run in done if run is not None for clip in run.clips]
-                self._clips = ClipFolder(job.clips, self._indexed)
+                self._clips = ClipFolder(job.clips, self._indexed, drives={run.name: run.path for run in job.runs})
         self._names: set[str] = set()
         self._warm = False
         # On a CPU the work beside the pipeline would slow it down and so spoil its times.

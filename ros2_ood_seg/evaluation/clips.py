@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import heapq
 import json
-from collections.abc import Container, Iterable, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ros2_ood_seg.evaluation.bag_messages import NS_PER_S, instances_from_messag
 from ros2_ood_seg.evaluation.bag_writer import BagWriter, remove_abandoned
 from ros2_ood_seg.evaluation.bags import BagReader, RawMessage
 from ros2_ood_seg.evaluation.events import Event, Track
-from ros2_ood_seg.evaluation.results_bag import NODE, iter_instances
+from ros2_ood_seg.evaluation.results_bag import INSTANCES_TOPIC, NODE, iter_instances
 from ros2_ood_seg.visualization import draw_overlay, side_by_side
 
 INDEX = "clips.json"
@@ -59,19 +60,26 @@ class ClipFolder:
         folder: Made when missing.
         kept: Entries of the index that stay, with their files.
         join: Another process made the folder and keeps its index: nothing is removed.
+        drives: The recordings that clips are made of, by the prefix of the clips' files.
 
     Raises:
-        InputError: It cannot be made or used.
+        InputError: It cannot be made or used, or clips would replace a recording.
     """
 
-    def __init__(self, folder: Path, kept: Sequence[dict[str, Any]] = (), join: bool = False) -> None:
+    def __init__(
+        self, folder: Path, kept: Sequence[dict[str, Any]] = (), join: bool = False, drives: Mapping[str, Path] | None = None
+    ) -> None:
         self.folder = folder
         if join:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             remove_abandoned(folder)
-            self._remove_old({str(entry[key]) for entry in kept for key in FILES})
+            names = {str(entry[key]) for entry in kept for key in FILES}
+            old = [path for path in self._listed() if path.name not in names]
+            self._check(drives or {}, old)
+            for path in old:
+                path.unlink(missing_ok=True)
             self.save_index(kept)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"--clips '{folder}' cannot be used: {error}") from error
@@ -133,15 +141,32 @@ class ClipFolder:
         for names in self.folder.glob(f".*{UNLISTED}"):
             names.unlink()
 
-    def _remove_old(self, kept: Container[str]) -> None:
+    def _listed(self) -> list[Path]:
+        """Files of the clips in the index, and of those that a killed run had not listed yet."""
         index = self.folder / INDEX
         entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else []
-        old = [str(entry[key]) for entry in entries for key in FILES]
-        for names in self.folder.glob(f".*{UNLISTED}"):
-            old += names.read_text(encoding="utf-8").splitlines()
-        for name in old:
-            if name not in kept:
-                (self.folder / Path(name).name).unlink(missing_ok=True)
+        names = [str(entry[key]) for entry in entries for key in FILES]
+        for unlisted in self.folder.glob(f".*{UNLISTED}"):
+            names += unlisted.read_text(encoding="utf-8").splitlines()
+        return [self.folder / Path(name).name for name in names]
+
+    def _check(self, drives: Mapping[str, Path], old: Collection[Path]) -> None:
+        """Looks for recordings in the way, whether clips of these drives would take their name or they are clips of the run before."""
+        recordings = {path.resolve() for path in drives.values()}
+        gone = [path for path in old if path.resolve() in recordings]
+        clip = re.compile(f"({'|'.join(map(re.escape, drives))})_[0-9]{{4,}}")
+        named = [path for path in sorted(self.folder.glob("*.mcap")) if clip.fullmatch(path.stem) and path not in old]
+        for path in (*gone, *(path for path in named if path.resolve() in recordings or not _is_clip(path))):
+            raise InputError(f"--clips '{self.folder}': clips would replace the recording '{path}'; choose another folder")
+
+
+def _is_clip(path: Path) -> bool:
+    """Whether a file holds what was found in a recording, as clips do."""
+    try:
+        with BagReader(path) as bag:
+            return any(topic.name == INSTANCES_TOPIC for topic in bag.topics)
+    except InputError:
+        return False
 
 
 def write_bag(path: Path, bag: BagReader, results: BagReader, event: Event, topics: Iterable[str] | None) -> None:

@@ -401,6 +401,28 @@ def test_clips_of_recordings_with_dots_in_their_names(tmp_path):
     assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == ["clips.json", "drive.v1.2_0001.jpg", "drive.v1.2_0001.mcap"]
 
 
+def test_clips_replace_clips_and_no_recording(tmp_path, capsys):
+    clips = tmp_path / "clips"
+    for name in ("drive.mcap", "clips/drive_0001.mcap"):
+        with BagWriter(tmp_path / name) as bag:
+            write_frames(bag, tmp_path / "maps", range(8))
+    arguments = ("--image-topic", "/front/image", "--clips", clips, *CLIPS)
+    before = (clips / "drive_0001.mcap").read_bytes()
+    evaluate(tmp_path, "--bag", tmp_path / "drive.mcap", *arguments, code=2)
+    assert "clips would replace the recording" in capsys.readouterr().err
+    assert (clips / "drive_0001.mcap").read_bytes() == before
+    # A clip that stands in no index was left by a run that was killed.
+    (clips / "drive_0001.mcap").unlink()
+    evaluate(tmp_path, "--bag", tmp_path / "drive.mcap", *arguments)
+    (clips / "clips.json").unlink()
+    evaluate(tmp_path, "--bag", tmp_path / "drive.mcap", *arguments, "--max-images", "7")
+    # A clip is a recording, too.
+    before = (clips / "drive_0001.mcap").read_bytes()
+    evaluate(tmp_path, "--bag", clips / "drive_0001.mcap", *arguments, code=2)
+    assert "clips would replace the recording" in capsys.readouterr().err
+    assert (clips / "drive_0001.mcap").read_bytes() == before
+
+
 def test_clips_that_are_interrupted_while_they_are_written_leave_nothing(tmp_path, monkeypatch):
     with BagWriter(tmp_path / "drive") as bag:
         write_frames(bag, tmp_path / "maps", range(8))

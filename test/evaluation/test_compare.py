@@ -11,7 +11,7 @@ import pytest
 from ros2_ood_seg.cli import main
 from ros2_ood_seg.errors import InputError
 from ros2_ood_seg.evaluation import component, instance, s2m
-from ros2_ood_seg.evaluation.compare import bootstrap, comparison
+from ros2_ood_seg.evaluation.compare import METRICS, bootstrap, comparison
 from ros2_ood_seg.evaluation.counts import CountsWriter, ImageCounts, counts_path, histogram, histogram_edges
 from ros2_ood_seg.evaluation.pixel import ScoreCounts, pool
 
@@ -46,11 +46,18 @@ def counts(images: int = 12, shift: float = 0.0, seed: int = 0) -> ImageCounts:
 
 
 def test_equal_weights_give_the_plain_figures() -> None:
-    found = counts()
+    other = counts(shift=1.0, seed=3)
+    found = dataclasses.replace(counts(), baseline=other.masks, refined=other.score)
     figures = found.figures(np.ones(12, np.int64))
+    without_intervals = {"pixel.fpr95", "refined.fpr95", "component.siou", "component.ppv", "timings_ms.total.p50"}
+    assert set(METRICS) - figures.keys() == without_intervals
     plain = s2m.summarise(s2m.MaskSweep.from_table(row) for row in found.masks)
     assert plain is not None
     assert figures["s2m.auiou"] == pytest.approx(plain.auiou)
+    scorers = s2m.summarise(s2m.MaskSweep.from_table(row) for row in found.baseline)
+    assert scorers is not None
+    assert figures["baseline.iou_best"] == pytest.approx(scorers.iou_best)
+    assert figures["refined.ap"] == other.figures(np.ones(12, np.int64))["pixel.ap"] != figures["pixel.ap"]
     assert figures["component.f1"] == pytest.approx(component.f1_star(found.components.sum(axis=0)))
     right = found.instance_right[:, 0] == 1
     scores = found.instance_score
@@ -72,6 +79,23 @@ def test_histograms_approximate_ap() -> None:
     assert hist[:, 1].sum() == 2_500
     ap = dataclasses.replace(counts(5), score=hist).figures(np.ones(5, np.int64))["pixel.ap"]
     assert ap == pytest.approx(curve.ap(), abs=0.005)
+
+
+def test_histograms_of_few_scores_give_ap_exactly() -> None:
+    rng = np.random.default_rng(2)
+    positives, negatives = (
+        [ScoreCounts.from_values((rng.normal(size=size) + mean).round(1).astype(np.float32)) for _ in range(3)]
+        for size, mean in ((500, 2.0), (900, 0.0))
+    )
+    curve = pool(positives, negatives)
+    hist = np.array([histogram(histogram_edges(curve), *part) for part in zip(positives, negatives, strict=True)])
+    figures = dataclasses.replace(counts(3), score=hist).figures(np.ones(3, np.int64))
+    assert figures["pixel.ap"] == pytest.approx(curve.ap(), abs=1e-12)
+    # Without anomalous pixels there is no AP, and no interval of it.
+    hist[:, 1] = 0
+    normal = dataclasses.replace(counts(3), score=hist)
+    assert normal.figures(np.ones(3, np.int64)).keys() == figures.keys() - {"pixel.ap"}
+    assert bootstrap(normal, normal, 3).keys() == figures.keys() - {"pixel.ap"}
 
 
 def test_weights_are_repetitions() -> None:
@@ -105,6 +129,20 @@ def test_other_images_are_refused() -> None:
 def save(found: ImageCounts, path: Path) -> None:
     rows = dataclasses.asdict(found) | {"names": found.names}
     np.savez_compressed(path, allow_pickle=False, **rows)
+
+
+def test_rows_of_a_run_that_was_interrupted_do_not_count(tmp_path: Path) -> None:
+    found = counts(2)
+    sweeps = [s2m.MaskSweep.from_table(row) for row in found.masks]
+    nothing = instance.Verdicts(np.zeros(0), np.zeros((0, 10), np.int8), found.missed[0])
+    CountsWriter(tmp_path).add_found("before", sweeps[0], nothing)
+    writer = CountsWriter(tmp_path)
+    writer.add_found("now", sweeps[1], nothing)
+    writer.add_scored(found.score[1], found.refined[1], sweeps[1], None)
+    writer.save(tmp_path / "a.images.npz")
+    loaded = ImageCounts.load(tmp_path / "a.images.npz")
+    assert loaded.names.tolist() == ["now"]
+    np.testing.assert_array_equal(loaded.masks, found.masks[1:])
 
 
 @pytest.mark.parametrize("with_components", [True, False])

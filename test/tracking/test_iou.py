@@ -34,6 +34,7 @@ def test_only_the_numbers_change() -> None:
     assert found.track_ids.dtype == torch.int64
     assert torch.equal(found.masks, instances.masks)
     assert torch.equal(found.scores, instances.scores)
+    assert tracker().update(seen()).track_ids.dtype == torch.int64
 
 
 def test_a_track_survives_max_age_frames_unseen_and_no_more() -> None:
@@ -53,6 +54,10 @@ def test_too_little_overlap_starts_a_new_track() -> None:
     assert track.update(seen((24, 20))).track_ids.tolist() == [2]
     # The first track is still there and matches its old place.
     assert track.update(seen((20, 20), (24, 20))).track_ids.tolist() == [1, 2]
+    # Squares of 10 px that are 6 px apart share a quarter of what they cover.
+    just_enough = tracker(iou=0.25)
+    just_enough.update(seen((20, 20)))
+    assert just_enough.update(seen((26, 20))).track_ids.tolist() == [1]
 
 
 def test_assignment_is_the_best_one_together() -> None:
@@ -67,11 +72,20 @@ def test_a_track_follows_its_object_however_far_it_goes() -> None:
     assert [track.update(seen((4 * k, 2 * k))).track_ids.tolist() for k in range(20)] == [[1]] * 20
 
 
+def test_a_track_is_not_left_behind_where_its_object_was() -> None:
+    track = tracker(iou=0.2)
+    track.update(seen((20, 20)))
+    assert track.update(seen((26, 20))).track_ids.tolist() == [1]
+    assert track.update(seen((26, 20), (18, 20))).track_ids.tolist() == [1, 2]
+
+
 def test_other_settings_count_from_the_next_frame_on() -> None:
     track = tracker(iou=0.2, max_age=5)
     assert track.update(seen((20, 20))).track_ids.tolist() == [1]
     track.configure(TrackingConfig(enabled=True, iou=0.9, max_age=5))
     assert track.update(seen((22, 20))).track_ids.tolist() == [2]
+    track.configure(TrackingConfig(enabled=True, iou=0.2, max_age=5))
+    assert track.update(seen((23, 20))).track_ids.tolist() == [2], "switched on as before, tracks stay"
     track.configure(TrackingConfig(enabled=False))
     track.configure(TrackingConfig(enabled=True, iou=0.2))
     assert track.update(seen((22, 20))).track_ids.tolist() == [3], "switched off, all tracks end, but no number is used again"

@@ -93,7 +93,9 @@ def test_unknown_encodings_go_to_cv_bridge_where_there_is_one(monkeypatch: pytes
     with pytest.raises(InputError, match=r"'xyz9' is not known: use one of rgb8"):
         image_to_rgb(message)
     white = np.full((2, 2, 3), 255, np.uint8)
-    monkeypatch.setattr(compat, "CvBridge", lambda: SimpleNamespace(imgmsg_to_cv2=lambda _message, desired_encoding: white))
+    monkeypatch.setattr(
+        compat, "CvBridge", lambda: SimpleNamespace(imgmsg_to_cv2=lambda _message, desired_encoding: {"rgb8": white}[desired_encoding])
+    )
     np.testing.assert_array_equal(image_to_rgb(message), white)
 
     def fail(_message: Image, desired_encoding: str) -> None:
@@ -102,6 +104,8 @@ def test_unknown_encodings_go_to_cv_bridge_where_there_is_one(monkeypatch: pytes
     monkeypatch.setattr(compat, "CvBridge", lambda: SimpleNamespace(imgmsg_to_cv2=fail))
     with pytest.raises(InputError, match=r"'xyz9' cannot be converted, use one of rgb8.*no conversion"):
         image_to_rgb(message)
+    # What the decoder knows needs no cv_bridge.
+    assert image_to_rgb(Image(height=1, width=2, encoding="mono8", step=2, data=bytes([5, 9])))[0, :, 0].tolist() == [5, 9]
 
 
 @pytest.mark.skipif(compat.CvBridge is None, reason="cv_bridge is not installed")

@@ -85,8 +85,10 @@ def test_the_network_sees_whole_strides_and_no_border(weights: WeightFile) -> No
     net = CompactNet().eval()
     net.load_state_dict(weights.state)
     with torch.no_grad():
-        expected = net(resized).outlier_logit
-    torch.testing.assert_close(scorer.logits(image).outlier_logit, expected, rtol=1e-3, atol=1e-4)
+        expected = net(resized)
+    found = scorer.logits(image)
+    torch.testing.assert_close(found.outlier_logit, expected.outlier_logit, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-3, atol=1e-4)
     assert scorer(image).scores.shape == (83, 120)
 
 
@@ -117,14 +119,27 @@ def test_a_picture_with_more_detail_is_looked_at_twice_where_the_road_ends(weigh
     assert torch.equal(make(weights, zoom=0.5)(image).scores, plain)
 
 
-def test_the_closer_look_is_no_wider_than_the_widest(weights: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # The window of 150 px at the widest look's 128.
+        ({}, [128, 32, 64, 128]),
+        ({"input_width": 64, "coarse_scale": 0.5, "second_scale": 2.0}, [64, 32, 128, 128]),
+        # The picture has no more detail than has been seen.
+        ({"second_scale": 2.0}, [128, 32, 256]),
+        ({"input_width": 0}, [288, 64, 160]),
+    ],
+)
+def test_the_closer_look_is_no_wider_than_the_widest(
+    weights: WeightFile, monkeypatch: pytest.MonkeyPatch, settings: dict[str, float], expected: list[int]
+) -> None:
     monkeypatch.setattr("ros2_ood_seg.scorers.compact.road_end", lambda road: (0.5, 0.4))
-    scorer = make(weights, zoom=0.5)
+    scorer = make(weights, zoom=0.5, **settings)
     widths: list[int] = []
     forward = scorer._forward
     monkeypatch.setattr(scorer, "_forward", lambda x: (widths.append(int(x.shape[3])), forward(x))[1])
-    scorer(torch.zeros((200, 900, 3), dtype=torch.uint8))
-    assert widths == [128, 32, 64, 128], "the window of 450 px at the widest look's 128"
+    scorer(torch.zeros((100, 300, 3), dtype=torch.uint8))
+    assert widths == expected
 
 
 def test_smoothing_flattens(weights: WeightFile, image: torch.Tensor) -> None:

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from ros2_ood_seg.errors import InputError
+from ros2_ood_seg.segmenters.compact import View
+from ros2_ood_seg.segmenters.windows import Window
+from ros2_ood_seg.training import segmenter_data
 from ros2_ood_seg.training.cutouts import read_coco
 from ros2_ood_seg.training.road_images import is_held_out
 from ros2_ood_seg.training.segmenter_data import (
@@ -275,10 +278,31 @@ def test_warping_keeps_image_and_mask_together(seed: int) -> None:
     assert abs(change) < 0.6
 
 
-def test_warping_turns_and_stretches() -> None:
-    item = shape_object(4)
-    shapes = {warp(item, np.random.default_rng(seed)).mask.shape for seed in range(5)}
-    assert len(shapes) == 5
+def axis_of(item: SegmentedObject) -> tuple[float, float]:
+    """Direction of a bar in degrees from -90 to 90, and its length along it, px."""
+    y, x = np.nonzero(item.full_mask() == 255)
+    values, vectors = np.linalg.eigh(np.cov(x, y))
+    angle = np.rad2deg(np.arctan2(vectors[1, 1], vectors[0, 1]))
+    return (angle + 90) % 180 - 90, float(np.sqrt(12 * values[1]))
+
+
+def test_warping_turns_shears_and_stretches_within_bounds() -> None:
+    mask = np.zeros((200, 240), np.uint8)
+    mask[90:98, 60:180] = 255
+    lying = tight_object(np.zeros((200, 240, 3), np.uint8), mask, "a", "b")
+    standing = tight_object(np.zeros((240, 200, 3), np.uint8), np.ascontiguousarray(mask.T), "a", "b")
+    assert lying is not None
+    assert standing is not None
+    turns, shears, lengths = [], [], []
+    for seed in range(24):
+        # Shearing moves columns by rows, so that what lies is only turned.
+        (turn, width), (other, _) = (axis_of(warp(item, np.random.default_rng(seed))) for item in (lying, standing))
+        turns.append(turn)
+        shears.append((other - turn) % 180 - 90)
+        lengths.append(np.log(width / 120))
+    for found, most in ((turns, 30.0), (shears, np.rad2deg(np.arctan(0.15))), (lengths, 0.25)):
+        assert -1.03 * most < min(found) < -0.6 * most
+        assert 0.6 * most < max(found) < 1.03 * most
 
 
 def test_what_a_warped_image_cannot_show_is_the_grey_beyond_the_border() -> None:
@@ -289,6 +313,9 @@ def test_what_a_warped_image_cannot_show_is_the_grey_beyond_the_border() -> None
     assert item is not None
     warped = warp(item, np.random.default_rng(3)).image
     assert {tuple(warped[0, 0]), tuple(warped[-1, -1])} == {(127, 127, 127)}
+    # Nothing of the picture is cut off, and no more is added than turning takes: it touches all four borders.
+    shown = cv2.boundingRect((warped[..., 0] > 190).astype(np.uint8))
+    assert np.abs(np.array(shown) - (0, 0, warped.shape[1], warped.shape[0])).max() <= 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -313,6 +340,69 @@ def test_covering_changes_something_most_of_the_time() -> None:
     covered = [cover(item, other, np.random.default_rng(seed)) for seed in range(40)]
     assert sum(not np.array_equal(one.image, item.image) for one in covered) > 25
     assert sum(np.count_nonzero(one.mask == 255) < np.count_nonzero(item.mask == 255) for one in covered) > 8
+
+
+def test_what_covers_is_as_large_as_it_should_be_and_stands_at_the_object() -> None:
+    mask = np.zeros((300, 300), np.uint8)
+    mask[130:160, 120:180] = 255
+    item = tight_object(np.zeros((300, 300, 3), np.uint8), mask, "a", "b")
+    other = tight_object(np.full((50, 50, 3), 250, np.uint8), np.pad(np.full((16, 32), 255, np.uint8), 9), "a", "c")
+    assert item is not None
+    assert other is not None
+    sizes, centres = [], []
+    for seed in range(80):
+        covered = cover(item, other, np.random.default_rng(seed))
+        x, y, width, height = cv2.boundingRect((covered.image[..., 0] > 125).astype(np.uint8))
+        if width:
+            assert height == pytest.approx(width / 2, abs=1.5)
+            sizes.append(width / 60)
+            centres.append(((x + width / 2 - 120) / 60, (y + height / 2 - 130) / 30))
+            # Just what shows the other one is no longer the object.
+            hidden = (item.full_mask() == 255) & (covered.full_mask() != 255)
+            assert np.array_equal(hidden, (item.full_mask() == 255) & (covered.image[..., 0] > 125))
+    assert 0.28 < min(sizes) < 0.4
+    assert 1.2 < max(sizes) < 1.52
+    assert np.abs(np.min(centres, axis=0) + 0.5).max() < 0.1
+    assert np.abs(np.max(centres, axis=0) - 1.5).max() < 0.1
+
+
+def test_at_the_border_there_is_the_part_of_what_covers_that_the_picture_holds() -> None:
+    mask = np.zeros((40, 50), np.uint8)
+    mask[:12, :14] = mask[-12:, -14:] = 255
+    item = tight_object(np.zeros((40, 50, 3), np.uint8), mask, "a", "b")
+    other = tight_object(np.full((20, 20, 3), 250, np.uint8), np.full((20, 20), 255, np.uint8), "a", "c")
+    assert item is not None
+    assert other is not None
+    shown = [cover(item, other, np.random.default_rng(seed)).image[..., 0] > 125 for seed in range(60)]
+    for side in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
+        assert sum(one[side].any() for one in shown) > 3
+
+
+def test_shares_say_how_many_samples_are_warped_and_crowded(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = [shape_object(seed) for seed in range(4)]
+    calls: list[str] = []
+    monkeypatch.setattr(segmenter_data, "warp", lambda item, rng: calls.append("warp") or item)
+    monkeypatch.setattr(segmenter_data, "cover", lambda item, other, rng: calls.append("cover") or item)
+    for warped, crowded in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.2, 0.7)):
+        calls.clear()
+        SampleMaker(objects, (), warped, crowded).batch(60, 32, np.random.default_rng(1))
+        assert calls.count("warp") == pytest.approx(60 * warped, abs=9 * (0 < warped < 1))
+        assert calls.count("cover") == pytest.approx(60 * crowded, abs=9 * (0 < crowded < 1))
+
+
+def test_targets_and_hidden_areas_are_those_of_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.zeros((60, 80), np.uint8)
+    mask[:20, :20] = 255
+    item = tight_object(np.zeros((60, 80, 3), np.uint8), mask, "a", "b")
+    assert item is not None
+    monkeypatch.setattr(segmenter_data, "_shrink", lambda item, rng: item)
+    # Half of it beyond the upper border and, of mirrored samples, half beyond the right one.
+    monkeypatch.setattr(segmenter_data, "_view", lambda item, kind, rng: View(Window(item.x + 10, item.y - 10, 20, 20), item.box_xyxy))
+    batch = SampleMaker([item]).batch(6, 20, np.random.default_rng(0))
+    quarter = torch.zeros(20, 20)
+    quarter[10:, :10] = 1
+    assert torch.equal(batch.targets, quarter.expand(6, 1, 20, 20))
+    assert batch.hidden.tolist() == [300 / 400] * 6
 
 
 def test_shares_of_zero_keep_the_samples_and_shares_of_one_change_them() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,8 @@ PART_FRAMES = 8
 """Frames a worker is given at a time."""
 RESTARTS = 3
 """So often may a worker die before the evaluation gives up; what is finished stays."""
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -145,24 +148,31 @@ def run_on_ray(job: SharedJob, parts: Sequence[Any], workers: int, address: str 
     Args:
         job: Opened by the caller, who makes the report.
         parts: As the job's workers take them.
-        workers: Processes; on a GPU, each has one.
+        workers: Processes, at most as many as there are CPUs; on a GPU, each has one of its own.
         address: Of a running cluster; None starts Ray on this machine.
         done: Told the number of frames that were finished since it was last told.
 
     Raises:
-        InputError: Ray is missing or not reachable, a part cannot be used, or workers keep dying.
+        InputError: Ray is missing, not reachable or has no GPU for a worker, a part cannot be used, or workers keep dying.
     """
     ray = _import_ray()
     if not parts:
         return
+    gpus = _gpus(job)
     importlib.import_module("ray.util")
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"Ray at '{address or 'this machine'}' cannot be reached: {error}") from error
     try:
-        actor = ray.remote(num_cpus=1, num_gpus=_gpus(job), max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
-        pool = ray.util.ActorPool([actor.remote(job, Path.cwd()) for _ in range(min(workers, len(parts)))])
+        # A worker for which there is no room would wait for ever, and with it the part it is given.
+        room, wanted = _room(ray.cluster_resources(), gpus), min(workers, len(parts))
+        if room < 1:
+            raise InputError(f"Ray at '{address or 'this machine'}' has no {'GPU' if gpus else 'CPU'} for a worker")
+        if room < wanted:
+            _LOG.warning("Ray has room for %d of %d workers, each with a CPU%s", room, wanted, " and a GPU" if gpus else "")
+        actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
+        pool = ray.util.ActorPool([actor.remote(job, Path.cwd()) for _ in range(min(wanted, room))])
         for count in pool.map_unordered(lambda worker, part: worker.run.remote(part), parts):
             done(count)
     except ray.exceptions.RayTaskError as error:
@@ -174,7 +184,17 @@ def run_on_ray(job: SharedJob, parts: Sequence[Any], workers: int, address: str 
 
 
 def _gpus(job: SharedJob) -> int:
-    return int(Runtime.from_config(job.config.runtime).device.type == "cuda")
+    """GPUs of a worker, which sees no others."""
+    device = Runtime.from_config(job.config.runtime).device
+    if device.index:
+        raise InputError(f"runtime.device is '{device}' but each of the workers has a GPU of its own: use 'cuda'")
+    return int(device.type == "cuda")
+
+
+def _room(resources: Mapping[str, float], gpus: int) -> int:
+    """How many workers can run at a time, each with a CPU and ``gpus`` GPUs."""
+    cpus = int(resources.get("CPU", 0))
+    return min(cpus, int(resources.get("GPU", 0)) // gpus) if gpus else cpus
 
 
 def _import_ray() -> ModuleType:

@@ -6,11 +6,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from ros2_ood_seg.cli import main
 from ros2_ood_seg.config import load_profile
@@ -128,6 +130,89 @@ def test_ray_gives_the_same_report_although_a_worker_is_killed(job: Job, expecte
     assert (job.work.parent / "killed").is_file()
     assert sum(done) == FRAMES
     assert figures(job, evaluation) == expected
+
+
+class Counting:
+    """A job whose parts are numbers of frames."""
+
+    def __init__(self, work: Path, device: str = "cpu") -> None:
+        self.config, self.work = load_profile("compact_s2m", {**SETTINGS, "runtime.device": device}), work
+
+    def worker(self) -> Callable[[int], int]:
+        return lambda part: part
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+@dataclasses.dataclass
+class SmallRay:
+    """Stands in for Ray: parts are done at once, by workers that it counts."""
+
+    resources: dict[str, float]
+    workers: list[Worker] = dataclasses.field(default_factory=list)
+
+    def remote(self, **options: Any) -> Callable[[type[Worker]], Any]:
+        def make(kind: type[Worker], *arguments: Any) -> Worker:
+            self.workers.append(kind(*arguments))
+            return self.workers[-1]
+
+        return lambda kind: SimpleNamespace(remote=lambda *arguments: make(kind, *arguments))
+
+    def put_into(self, ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        pool = SimpleNamespace(map_unordered=lambda run, parts: [self.workers[0].run(part) for part in parts])
+        monkeypatch.setattr(ray, "init", lambda **options: None)
+        monkeypatch.setattr(ray, "shutdown", lambda: None)
+        monkeypatch.setattr(ray, "cluster_resources", lambda: self.resources)
+        monkeypatch.setattr(ray, "remote", self.remote)
+        monkeypatch.setattr(ray.util, "ActorPool", lambda actors: pool)
+
+
+@pytest.mark.parametrize(
+    ("device", "resources", "workers", "warning"),
+    [
+        ("cpu", {"CPU": 8.0}, 3, ""),
+        ("cpu", {"CPU": 2.0, "GPU": 1.0}, 2, "Ray has room for 2 of 3 workers, each with a CPU"),
+        ("cuda", {"CPU": 8.0, "GPU": 1.0}, 1, "Ray has room for 1 of 3 workers, each with a CPU and a GPU"),
+        ("cuda:0", {"CPU": 2.0, "GPU": 4.0}, 2, "Ray has room for 2 of 3 workers, each with a CPU and a GPU"),
+    ],
+)
+def test_no_more_workers_start_than_there_is_room_for(
+    device: str,
+    resources: dict[str, float],
+    workers: int,
+    warning: str,
+    two_gpus: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ray = SmallRay(resources)
+    ray.put_into(pytest.importorskip("ray", reason="Ray is not installed: pip install ros2_ood_seg[ray]"), monkeypatch)
+    done: list[int] = []
+    run_on_ray(Counting(tmp_path, device), [1, 2, 3], 3, None, done.append)
+    assert done == [1, 2, 3]
+    assert len(ray.workers) == workers
+    assert [record.message for record in caplog.records] == ([warning] if warning else [])
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", r"^Ray at 'this machine' has no GPU for a worker$"),
+        ("cuda:1", r"^runtime.device is 'cuda:1' but each of the workers has a GPU of its own: use 'cuda'$"),
+    ],
+)
+def test_workers_that_could_not_run_are_refused(
+    device: str, message: str, two_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SmallRay({"CPU": 8.0}).put_into(pytest.importorskip("ray", reason="Ray is not installed: pip install ros2_ood_seg[ray]"), monkeypatch)
+    with pytest.raises(InputError, match=message):
+        run_on_ray(Counting(tmp_path, device), [1], 1, None, lambda count: None)
 
 
 @pytest.mark.parametrize(

@@ -49,13 +49,12 @@ def _no_ros(args: argparse.Namespace) -> int:
     raise InputError("'ood-seg bench node' needs rclpy and the built messages: use 'make env' and '. ./env.sh', or source your ROS 2")
 
 
-def hardware() -> dict[str, str | int]:
-    """What the figures were measured on."""
-    cuda = torch.cuda.is_available()
+def hardware(device: torch.device) -> dict[str, str | int]:
+    """What the figures were measured on, the GPU where ``device`` is one."""
     return {
         "processor": _processor(),
         "torch_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else "none",
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -89,8 +88,8 @@ def _bench_pipeline(args: argparse.Namespace) -> int:
         "instances": len(result.instances),
         "timings_ms": timings,
         "peak_memory_mb": peak_memory_mb(),
-        "peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0,
-        "hardware": hardware(),
+        "peak_gpu_memory_mb": pipeline.runtime.peak_gpu_memory_mb(),
+        "hardware": hardware(pipeline.runtime.device),
     }
     print(f"{args.profile} on {image.shape[1]}x{image.shape[0]}, {len(result.prompts)} prompts, {len(result.instances)} instances")
     for stage, ms in timings.items():

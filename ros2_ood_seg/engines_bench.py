@@ -123,7 +123,7 @@ def _run(args: argparse.Namespace) -> int:
     if "openvino" not in engines:
         print("openvino is not installed: 'pip install openvino'")
     if args.output is not None:
-        whole = {"engines": report, "import_torch_mb": torch_mb, "hardware": hardware()}
+        whole = {"engines": report, "import_torch_mb": torch_mb, "hardware": hardware(torch.device("cpu"))}
         args.output.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -106,6 +106,10 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def peak_gpu_memory_mb(self) -> float:
+        """Most memory that tensors of this process took on the device at a time, MB; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else 0.0
+
 
 def _engine(wanted: str, can_openvino: bool) -> Literal["torch", "openvino"]:
     if wanted == "torch":

@@ -120,7 +120,7 @@ def measure(name: str, folder: Path, width: int, height: int, repeats: int, devi
         "p50_ms": float(np.percentile(times[1:], 50)),
         "p95_ms": float(np.percentile(times[1:], 95)),
         "peak_memory_mb": peak_memory_mb(),
-        "peak_gpu_memory_mb": torch.cuda.max_memory_allocated(runtime.device) / 2**20 if runtime.device.type == "cuda" else 0.0,
+        "peak_gpu_memory_mb": runtime.peak_gpu_memory_mb(),
     }
 
 
@@ -156,6 +156,7 @@ def _run(args: argparse.Namespace) -> int:
     for option, least in (("width", 64), ("height", 64), ("repeats", 1)):
         if getattr(args, option) < least:
             raise InputError(f"--{option} is {getattr(args, option)}, allowed: {least} or more")
+    device = Runtime.from_arguments(device=args.device).device
     figures = {}
     print(f"random weights but for compact, one frame of {args.width}x{args.height}")
     for name in args.scorers:
@@ -171,7 +172,7 @@ def _run(args: argparse.Namespace) -> int:
         "precision": args.precision,
         "weights": "random but for compact",
         "scorers": figures,
-        "hardware": hardware(),
+        "hardware": hardware(device),
     }
     if args.output is not None:
         args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -190,7 +190,9 @@ class OodSegmenter(LifecycleNode):
             self._outputs = None
         self._pipeline = None
         if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+            # A GPU that was lost says so here once more; the node leaves all the same.
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
 
     def _entered(self, label: str, result: TransitionCallbackReturn) -> TransitionCallbackReturn:
         if result == TransitionCallbackReturn.SUCCESS:

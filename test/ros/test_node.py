@@ -7,10 +7,12 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("rclpy", reason="needs ROS 2")
 pytest.importorskip("ros2_ood_seg.msg", reason="the messages are not built (colcon build)")
@@ -27,6 +29,7 @@ from std_msgs.msg import Header
 
 from ros2_ood_seg import rle
 from ros2_ood_seg.ros.images import array_to_image, image_to_rgb, image_to_scores, rgb_to_compressed
+from ros2_ood_seg.ros.node import OodSegmenter
 from ros2_ood_seg.ros.outputs import IMAGE_TOPICS, SMALL_TOPICS
 
 pytestmark = pytest.mark.dds
@@ -401,3 +404,14 @@ def test_a_parameter_that_cannot_be_used_ends_with_one_line(start_node: StartNod
     assert node.process.wait(PATIENCE_S) == 2
     assert "ood_seg_node: unknown profile 'nonsense': use one of " in node.output
     assert "Traceback" not in node.output
+
+
+def test_a_lost_gpu_does_not_keep_the_node_from_leaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lost)
+    node = SimpleNamespace(_outputs=None, _pipeline="networks")
+    OodSegmenter._free(node)  # type: ignore[arg-type]
+    assert node._pipeline is None

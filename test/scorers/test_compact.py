@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,18 +106,22 @@ def test_further_looks_are_averaged_in(weights: WeightFile, image: torch.Tensor)
     torch.testing.assert_close(without_coarse, (middle + fine) / 2)
 
 
-def test_a_picture_with_more_detail_is_looked_at_twice_where_the_road_ends(weights: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("score", ["outlier", "max_logit"])
+def test_a_picture_with_more_detail_is_looked_at_twice_where_the_road_ends(
+    weights: WeightFile, monkeypatch: pytest.MonkeyPatch, score: str
+) -> None:
     image = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (140, 260, 3), dtype=np.uint8))
     monkeypatch.setattr("ros2_ood_seg.scorers.compact.road_end", lambda road: (0.5, 0.4))
-    assert make(weights, zoom=0.0)(image).road_end == (0.5, 0.4), "for the prompt generator, too"
-    plain, zoomed = make(weights, zoom=0.0)(image).scores, make(weights, zoom=0.5)(image).scores
+    scorer = partial(make, weights, score=score)
+    assert scorer(zoom=0.0)(image).road_end == (0.5, 0.4), "for the prompt generator, too"
+    plain, zoomed = scorer(zoom=0.0)(image).scores, scorer(zoom=0.5)(image).scores
     left, top, right, bottom = window_at((0.5, 0.4), 0.5, (140, 260))
-    alone = make(weights, input_width=right - left, coarse_scale=1.0, second_scale=1.0, zoom=0.0)(image[top:bottom, left:right]).scores
+    alone = scorer(input_width=right - left, coarse_scale=1.0, second_scale=1.0, zoom=0.0)(image[top:bottom, left:right]).scores
     torch.testing.assert_close(zoomed, raise_to(plain, alone, (left, top, right, bottom)))
     assert not torch.equal(zoomed, plain)
-    assert torch.equal(make(weights, input_width=256, zoom=0.5)(image).scores, make(weights, input_width=256, zoom=0.0)(image).scores)
+    assert torch.equal(scorer(input_width=256, zoom=0.5)(image).scores, scorer(input_width=256, zoom=0.0)(image).scores)
     monkeypatch.setattr("ros2_ood_seg.scorers.compact.road_end", lambda road: None)
-    assert torch.equal(make(weights, zoom=0.5)(image).scores, plain)
+    assert torch.equal(scorer(zoom=0.5)(image).scores, plain)
 
 
 @pytest.mark.parametrize(
@@ -125,16 +130,18 @@ def test_a_picture_with_more_detail_is_looked_at_twice_where_the_road_ends(weigh
         # The window of 150 px at the widest look's 128.
         ({}, [128, 32, 64, 128]),
         ({"input_width": 64, "coarse_scale": 0.5, "second_scale": 2.0}, [64, 32, 128, 128]),
+        ({"input_width": 224}, [224, 64, 128, 160]),
         # The picture has no more detail than has been seen.
         ({"second_scale": 2.0}, [128, 32, 256]),
         ({"input_width": 0}, [288, 64, 160]),
+        ({"zoom": 0.0}, [128, 32, 64]),
     ],
 )
 def test_the_closer_look_is_no_wider_than_the_widest(
     weights: WeightFile, monkeypatch: pytest.MonkeyPatch, settings: dict[str, float], expected: list[int]
 ) -> None:
     monkeypatch.setattr("ros2_ood_seg.scorers.compact.road_end", lambda road: (0.5, 0.4))
-    scorer = make(weights, zoom=0.5, **settings)
+    scorer = make(weights, **{"zoom": 0.5, **settings})
     widths: list[int] = []
     forward = scorer._forward
     monkeypatch.setattr(scorer, "_forward", lambda x: (widths.append(int(x.shape[3])), forward(x))[1])

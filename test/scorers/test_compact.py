@@ -164,8 +164,11 @@ def test_refusals(weights: WeightFile, image: torch.Tensor, tmp_path: Path) -> N
     with pytest.raises(WeightsError, match="calibrated for temperature 1"):
         make(weights, score="energy", temperature=2.0)
     broken = {**weights.state, "outlier_head.bias": torch.tensor([float("nan")])}
-    with pytest.raises(InputError, match="9100 scores that are not finite"):
-        make(WeightFile(weights.path, broken, weights.metadata))(image)
+    with pytest.raises(WeightsError, match=r"values that are not finite, in outlier_head\.bias"):
+        make(WeightFile(weights.path, broken, weights.metadata))
+    great = {**weights.state, "outlier_head.weight": torch.full_like(weights.state["outlier_head.weight"], 3e38)}
+    with pytest.raises(InputError, match=r"[1-9]\d* scores that are not finite"):
+        make(WeightFile(weights.path, great, weights.metadata))(image)
     other = tmp_path / "other.safetensors"
     save_weights(other, {"conv.weight": torch.zeros(1)}, {})
     with pytest.raises(WeightsError, match="not of the family 'compact_scorer'"):

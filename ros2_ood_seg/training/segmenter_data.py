@@ -430,12 +430,9 @@ def cover(item: SegmentedObject, other: SegmentedObject, rng: np.random.Generato
         What is still to be seen of the object; the object as it was where too little would be.
     """
     height, width = item.image.shape[:2]
-    h, w = other.mask.shape
-    scale = max(item.mask.shape) * float(np.exp(rng.uniform(np.log(0.3), np.log(1.5)))) / max(h, w)
-    size = (max(4, round(w * scale)), max(4, round(h * scale)))
-    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    cutout = cv2.resize(other.image[other.y : other.y + h, other.x : other.x + w], size, interpolation=interpolation)
-    alpha = cv2.resize((other.mask == 255).astype(np.float32), size, interpolation=interpolation)
+    longest = max(item.mask.shape) * float(np.exp(rng.uniform(np.log(0.3), np.log(1.5))))
+    cutout, alpha = _cut_out(other, longest / max(other.mask.shape))
+    size = alpha.shape[::-1]
     alpha = cv2.GaussianBlur(alpha, (0, 0), float(rng.uniform(0.3, 0.9)))
     # Its centre lies in the object's box or up to half of the box beside it.
     x = round(item.x + rng.uniform(-0.5, 1.5) * item.mask.shape[1] - size[0] / 2)
@@ -454,16 +451,24 @@ def cover(item: SegmentedObject, other: SegmentedObject, rng: np.random.Generato
     return tight_object(image, mask, item.source, item.group) or item
 
 
+def _cut_out(item: SegmentedObject, scale: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The object's box resized, at least 4 px a side: (h, w, 3) colours from 0 to 255 and (h, w) share of each pixel that is object."""
+    h, w = item.mask.shape
+    size = (max(4, round(w * scale)), max(4, round(h * scale)))
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    colours = cv2.resize(item.image[item.y : item.y + h, item.x : item.x + w], size, interpolation=interpolation).astype(np.float32)
+    alpha = cv2.resize((item.mask == 255).astype(np.float32), size, interpolation=interpolation)
+    return colours, np.asarray(alpha, dtype=np.float32)
+
+
 def paste(item: SegmentedObject, background: Image, rng: np.random.Generator) -> SegmentedObject:
     """Puts the object on a road frame, in its lower two thirds, with a feathered edge and in half of the cases its brightness."""
     height, width = background.shape[:2]
     h, w = item.mask.shape
     wanted = float(np.exp(rng.uniform(np.log(14), np.log(0.6 * height))))
     scale = min(wanted / max(h, w), 1.5, 0.95 * height / h, 0.95 * width / w)
-    size = (max(4, round(w * scale)), max(4, round(h * scale)))
-    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    cutout = cv2.resize(item.image[item.y : item.y + h, item.x : item.x + w], size, interpolation=interpolation).astype(np.float32)
-    alpha = cv2.resize((item.mask == 255).astype(np.float32), size, interpolation=interpolation)
+    cutout, alpha = _cut_out(item, scale)
+    size = alpha.shape[::-1]
     x = int(rng.integers(0, width - size[0] + 1))
     y = int(rng.integers(min(height // 3, height - size[1]), height - size[1] + 1))
     image = background.copy()

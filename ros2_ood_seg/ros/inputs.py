@@ -137,15 +137,11 @@ class FrameSource:
 
     def unheard(self) -> str:
         """Which publisher there is whose quality of service does not fit, and why; empty when all fit."""
-        node, own = self._node, (self._node.get_name(), self._node.get_namespace())
-        for topic in (subscriber.sub.topic_name for subscriber in self._subscribers):
-            for wanted in node.get_subscriptions_info_by_topic(topic):
-                if (wanted.node_name, wanted.node_namespace) != own:
-                    continue
-                for offered in node.get_publishers_info_by_topic(topic):
-                    compatibility, reason = qos_check_compatible(offered.qos_profile, wanted.qos_profile)
-                    if compatibility == QoSCompatibility.ERROR:
-                        return _incompatible(topic, reason.removeprefix("ERROR: ").rstrip("; "))
+        for subscription in (subscriber.sub for subscriber in self._subscribers):
+            for offered in self._node.get_publishers_info_by_topic(subscription.topic_name):
+                compatibility, reason = qos_check_compatible(offered.qos_profile, subscription.qos_profile)
+                if compatibility == QoSCompatibility.ERROR:
+                    return _incompatible(subscription.topic_name, reason.removeprefix("ERROR: ").rstrip("; "))
         return ""
 
     def destroy(self) -> None:

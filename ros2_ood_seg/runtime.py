@@ -40,7 +40,7 @@ class Runtime:
 
     @classmethod
     def from_config(cls, config: RuntimeConfig) -> Runtime:
-        """Resolves ``auto`` and checks that the device exists.
+        """Resolves ``auto`` and checks that the device exists and computes.
 
         Raises:
             InputError: CUDA or OpenVINO was asked for and is not there, or the engine does not go with device and precision.
@@ -54,6 +54,11 @@ class Runtime:
                 raise InputError(
                     f"runtime.device is '{config.device}' but torch {torch.__version__} sees {found} CUDA devices: use 'cpu' or 'auto'"
                 )
+            if error := cuda_error(device):
+                if config.device != "auto":
+                    raise InputError(f"runtime.device is '{config.device}', on which torch {torch.__version__} cannot compute: {error}")
+                _LOG.warning("the CPU is used, as torch %s cannot compute on the GPU: %s", torch.__version__, error)
+                device = torch.device("cpu")
         if config.threads:
             torch.set_num_threads(config.threads)
         # torch's own question for bfloat16 counts GPUs in that only emulate it.
@@ -109,6 +114,15 @@ class Runtime:
     def peak_gpu_memory_mb(self) -> float:
         """Most memory that tensors of this process took on the device at a time, MB; 0 on a CPU."""
         return torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else 0.0
+
+
+def cuda_error(device: torch.device) -> str:
+    """Why a CUDA device that torch sees cannot compute, "" where it can: torch may hold no code for an old or a new GPU."""
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def _engine(wanted: str, can_openvino: bool) -> Literal["torch", "openvino"]:

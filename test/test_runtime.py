@@ -30,8 +30,22 @@ def test_bfloat16_by_itself_only_where_the_gpu_has_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", of)
+    monkeypatch.setattr("ros2_ood_seg.runtime.cuda_error", lambda device: "")
     assert Runtime.from_config(RuntimeConfig(device="cuda:1", precision=precision)).autocast_dtype == dtype
     assert asked == ["cuda:1"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which torch cannot compute with CUDA")
+def test_a_gpu_that_torch_sees_but_cannot_use_is_left_alone_or_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    runtime = Runtime.from_config(RuntimeConfig())
+    assert (runtime.device, runtime.autocast_dtype) == (torch.device("cpu"), None)
+    assert "the CPU is used, as torch" in caplog.text
+    with pytest.raises(InputError, match=r"^runtime.device is 'cuda:0', on which torch [\d.+a-z]+ cannot compute: \S+"):
+        Runtime.from_config(RuntimeConfig(device="cuda:0"))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ class CompactNet(nn.Module):
         super().__init__()
         self.width = width
         self.encoder = fold_batch_norm(mobilenet_v2_features()[: _LAST + 1])
+        # The folded biases come without gradients.
+        self.encoder.requires_grad_()
         self.encoder[:_FROZEN].requires_grad_(False)
         _, c4, c8, c16, c32 = _TAPS.values()
         self.prompt = nn.Conv2d(INPUT_CHANNELS - 3, c4, 3, padding=1)

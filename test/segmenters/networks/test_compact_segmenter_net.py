@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 
 from ros2_ood_seg.errors import WeightsError
@@ -18,6 +18,56 @@ def test_shapes_and_size() -> None:
     assert logits.shape == (2, 1, 48, 32)
     assert quality.shape == (2,)
     assert sum(parameter.numel() for parameter in net.parameters()) < 3_000_000
+
+
+def reference(net: CompactNet, crops: Tensor) -> tuple[Tensor, Tensor]:
+    """The network as its description has it: a pyramid over the last layers of each size, and an IoU head on means inside the mask."""
+
+    def up(x: Tensor) -> Tensor:
+        return nn.Upsample(scale_factor=2, mode="bilinear")(x)
+
+    x, last = crops[:, :3], {}
+    for index, layer in enumerate(net.encoder):
+        x = layer(x)
+        if index == 3:
+            x = x + net.prompt(crops[:, 3:].unflatten(3, (-1, 4)).unflatten(2, (-1, 4)).mean(dim=(3, 5)))
+        last[crops.shape[3] // x.shape[3]] = x
+    coarse = net.lateral32(last[32])
+    fine = coarse
+    for stride in (16, 8, 4):
+        fine = getattr(net, f"smooth{stride}")(getattr(net, f"lateral{stride}")(last[stride]) + up(fine))
+    logits = net.mask(net.smooth2(net.lateral2(last[2]) + up(net.narrow(fine))))
+    inside = logits.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5)).sigmoid()
+    pixels = inside[0, 0].numel()
+    total = inside.sum(dim=(1, 2, 3))[:, None] + 1e-3 * pixels
+    doubt = (inside - inside**2).sum(dim=(2, 3)) / total
+    features = [torch.einsum("nchw,nhw->nc", fine, inside[:, 0]) / total, *(y.flatten(2).mean(2) for y in (fine, coarse, inside)), doubt]
+    return logits, net.quality(torch.cat(features, dim=1))[:, 0]
+
+
+def test_the_network_is_a_pyramid_with_an_iou_head() -> None:
+    torch.manual_seed(0)
+    net = CompactNet().eval()
+    with torch.no_grad():
+        nn.init.normal_(net.prompt.weight)
+        # Masks that cover some of the crop, surely, so that every part counts.
+        net.mask.weight *= 30
+        crops = torch.rand(2, INPUT_CHANNELS, 64, 96)
+        for found, expected in zip(net(crops), reference(net, crops), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_image_alone_decides_before_training_and_the_first_blocks_stay_as_they_are() -> None:
+    net = CompactNet()
+    assert not net.prompt.weight.any()
+    assert [all(parameter.requires_grad for parameter in layer.parameters()) for layer in net.encoder] == [False] * 4 + [True] * 14
+
+
+def test_the_iou_head_does_not_change_the_mask() -> None:
+    net = CompactNet()
+    net(torch.rand(1, INPUT_CHANNELS, 64, 64))[1].sum().backward()
+    assert net.mask.weight.grad is None
+    assert net.quality[0].weight.grad is not None
 
 
 def test_folding_leaves_the_function() -> None:

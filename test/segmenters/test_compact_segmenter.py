@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from ros2_ood_seg.config import SegmenterConfig
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.runtime import Runtime
 from ros2_ood_seg.segmenters import SEGMENTERS
-from ros2_ood_seg.segmenters.compact import CompactSegmenter, _extent, from_network
+from ros2_ood_seg.segmenters.compact import CompactSegmenter, View, _extent, from_network, network_input
 from ros2_ood_seg.segmenters.networks.compact import CompactNet
+from ros2_ood_seg.segmenters.windows import point_window
 from ros2_ood_seg.types import Prompts, boxes_from_masks
 from ros2_ood_seg.weights import save_weights
 
@@ -30,16 +32,31 @@ class PromptEcho(CompactNet):
 
 
 class BrightNet(CompactNet):
-    """Masks what is bright; the better it fills the box the surer (``sign`` 1) or the less sure it is. Counts the crops it sees."""
+    """Masks what is bright; the better it fills the box the surer (``sign`` 1) or the less sure it is. Keeps the crops it sees."""
 
     def __init__(self, sign: float) -> None:
         super().__init__()
-        self.sign, self.crops = sign, 0
+        self.sign = sign
+        self.seen: list[Tensor] = []
 
     def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
-        self.crops += len(crops)
+        self.seen += crops
         masks, boxes = F.avg_pool2d(crops[:, :1], 2), crops[:, 3]
         return masks, self.sign * (crops[:, 0] > 0).float().mean(dim=(1, 2)) / boxes.mean(dim=(1, 2))
+
+
+class ScriptedNet(CompactNet):
+    """Masks what is bright; how sure it is of the crops of each call is given beforehand, then always the same. Keeps its crops."""
+
+    def __init__(self, *quality: list[float]) -> None:
+        super().__init__()
+        self.quality_of_calls = list(quality)
+        self.seen: list[Tensor] = []
+
+    def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen.append(crops)
+        quality = torch.tensor(self.quality_of_calls.pop(0)) if self.quality_of_calls else torch.zeros(len(crops))
+        return F.avg_pool2d(crops[:, :1], 2), quality
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +116,9 @@ def test_no_prompts_no_masks(segmenter: CompactSegmenter) -> None:
 
 def test_unusable_prompts_get_empty_masks(echo: CompactSegmenter) -> None:
     boxes = torch.tensor([[NAN, 0, 9, 9], [5, 5, 5, 20], [200, 10, 300, 40], [10, 10, 40, 40], [0, 0, float("inf"), 9]])
-    points = torch.tensor([[NAN, 3], [-5, 3], [120, 20], [60, 40]])
+    points = torch.tensor([[NAN, 3], [-5, 3], [120, 20], [119.5, 20], [60, 89.5], [60, 40], [-0.5, -0.5]])
     result = echo(some_image(), Prompts(boxes, torch.ones(5), points))
-    assert result.masks.flatten(1).any(dim=1).tolist() == [False, False, False, True, False, False, False, False, True]
+    assert result.masks.flatten(1).any(dim=1).tolist() == [False, False, False, True, *[False] * 6, True, True]
     assert (result.quality > 0).tolist() == result.masks.flatten(1).any(dim=1).tolist()
 
 
@@ -115,6 +132,46 @@ def test_masks_come_back_to_where_they_were_cut(echo: CompactSegmenter, box: tup
     assert (found[0] - expected).abs().max() <= 1
     inside = (expected[2] - expected[0]) * (expected[3] - expected[1])
     assert area[0] == pytest.approx(float(inside), rel=0.15)
+
+
+def test_masks_of_large_windows_are_not_stretched(echo: CompactSegmenter) -> None:
+    box = [200.0, 150, 600, 550]
+    found, _ = boxes_from_masks(echo(some_image(800, 1000), Prompts.from_boxes(torch.tensor([box]), torch.ones(1))).masks)
+    assert (found[0] - torch.tensor(box)).abs().max() <= 1
+
+
+def test_points_lie_at_the_centres_of_pixels() -> None:
+    at_point = network_input(some_image(), [View(point_window(10, 20, 5), point_xy=(10, 20))], 40)[0, 4]
+    assert at_point.max() > 0.5
+    torch.testing.assert_close(at_point, at_point.flip(0, 1))
+
+
+def test_a_point_is_looked_for_in_three_windows_and_the_surest_answer_is_segmented_with_it() -> None:
+    image = torch.zeros(100, 160, 3, dtype=torch.uint8)
+    image[20:70, 40:100] = 255
+    network = ScriptedNet([0.1, 0.9, 0.5], [0.7])
+    result = from_network(network, CPU)(image, Prompts.from_points(torch.tensor([[70.0, 45]])))
+    # No box was asked about, so none is tried again, though the mask is larger than that of the surest window.
+    rough, fine = network.seen
+    assert rough.shape == (3, 5, 128, 128)
+    assert fine.shape == (1, 5, 192, 192)
+    # Windows of a tenth, three and nine tenths of the height; only the largest one reaches over the object.
+    assert (rough[:, 0] > 0).float().mean(dim=(1, 2)).tolist() == pytest.approx([1.0, 1.0, 50 * 60 / 90**2], abs=0.02)
+    assert not rough[:, 3].any()
+    assert (rough[:, 4].amax(dim=(1, 2)) > 0.9).all()
+    # The box of the middle one, 30 px wide, in its window of 50 px.
+    assert fine[0, 3].mean().item() == pytest.approx((30 / 50) ** 2, abs=0.02)
+    assert fine[0, 4].max() > 0.9
+    assert result.quality.item() == pytest.approx(torch.tensor(0.7).sigmoid().item())
+    assert boxes_from_masks(result.masks)[0][0].tolist() == pytest.approx([46, 20, 96, 70], abs=1)
+
+
+def test_a_point_at_nothing_gets_an_empty_mask() -> None:
+    network = ScriptedNet()
+    result = from_network(network, CPU)(torch.zeros(100, 160, 3, dtype=torch.uint8), Prompts.from_points(torch.tensor([[70.0, 45]])))
+    assert len(network.seen) == 1
+    assert not result.masks.any()
+    assert result.quality.tolist() == [0.0]
 
 
 def test_a_point_is_looked_for_around_itself(echo: CompactSegmenter) -> None:
@@ -132,21 +189,24 @@ def test_a_box_that_does_not_fit_its_mask_is_tried_again(sign: float) -> None:
     image[20:50, 30:70] = 255
     fitting, large, empty = [30.0, 20, 70, 50], [20.0, 10, 90, 70], [90.0, 60, 110, 80]
 
-    def segment(*boxes: list[float]) -> tuple[list[float], int, Tensor]:
+    def segment(*boxes: list[float]) -> tuple[list[float], list[Tensor], Tensor]:
         network = BrightNet(sign)
         found = from_network(network, CPU)(image, Prompts.from_boxes(torch.tensor(boxes), torch.ones(len(boxes))))
-        return found.quality.tolist(), network.crops, found.masks
+        return found.quality.tolist(), network.seen, found.masks
 
     (sure,), crops, masks = segment(fitting)
-    assert crops == 1
+    assert len(crops) == 1
     (again, nothing), crops, both = segment(large, empty)
     # The first look at both, and the second at the one whose mask is smaller than its box.
-    assert crops == 3
+    assert len(crops) == 3
+    assert crops[2][3].mean().item() == pytest.approx(40 * 30 / (64 * 50), abs=0.03), "in the window of the box around the mask"
     assert torch.equal(both[0], masks[0])
     assert not both[1].any()
     assert nothing == pytest.approx(0.5)
     # The answer that the network is surer of stays.
     assert again == pytest.approx(sure, abs=0.02) if sign > 0 else again > sure + 0.1
+    # IoUs of 0.86 and 0.75.
+    assert [len(segment([30.0, 20, 70, bottom])[1]) for bottom in (55, 60)] == [1, 2]
 
 
 def test_pixels_of_other_windows_do_not_matter(segmenter: CompactSegmenter) -> None:
@@ -162,6 +222,9 @@ def test_other_images_are_refused(segmenter: CompactSegmenter) -> None:
         segmenter(torch.zeros(4, 4, dtype=torch.uint8), some_prompts())
     with pytest.raises(InputError, match="float32"):
         segmenter(torch.zeros(4, 4, 3), some_prompts())
+    for shape in ((4, 4, 4), (0, 4, 3)):
+        with pytest.raises(InputError, match=re.escape(f"got {shape}")):
+            segmenter(torch.zeros(shape, dtype=torch.uint8), some_prompts())
 
 
 def test_half_precision_changes_little() -> None:
@@ -173,12 +236,15 @@ def test_half_precision_changes_little() -> None:
 
 
 def test_extent_leaves_specks_out() -> None:
-    logits = torch.full((3, 40, 60), -1.0)
+    logits = torch.full((4, 40, 60), -1.0)
     logits[0, 10:30, 20:50] = 1
     logits[1] = logits[0]
     logits[1, 0, 0] = logits[1, 39, 59] = 1
-    assert _extent(logits)[:2].tolist() == [[20, 10, 50, 30]] * 2
-    assert _extent(logits)[2].tolist() == [0, 0, 0, 0]
+    logits[2] = 0
+    # Of 100 px, the one in the corner may be left out, two in the last row and column may not.
+    logits[3, 12:20, 22:30] = logits[3, 20:24, 20:28] = logits[3, 0, 0] = logits[3, 38:, 58:] = 1
+    logits[3, 38, 58] = -1
+    assert _extent(logits).tolist() == [[20, 10, 50, 30], [20, 10, 50, 30], [0, 0, 0, 0], [20, 12, 60, 40]]
 
 
 def test_missing_weights(tmp_path: Path) -> None:
@@ -196,9 +262,9 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
 def test_saved_weights_give_the_same_masks(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = CompactNet(width=32)
-    path = tmp_path / "small.safetensors"
-    save_weights(path, network.state_dict(), {"family": "compact_segmenter", "width": 32}, half=False)
-    built = SEGMENTERS.get("compact")(SegmenterConfig(name="compact", weights=str(path)), CPU)(some_image(), some_prompts())
+    save_weights(tmp_path / "small.safetensors", network.state_dict(), {"family": "compact_segmenter", "width": 32}, half=False)
+    runtime = Runtime(torch.device("cpu"), weights_dir=tmp_path)
+    built = SEGMENTERS.get("compact")(SegmenterConfig(name="compact", weights="small"), runtime)(some_image(), some_prompts())
     direct = from_network(network, CPU)(some_image(), some_prompts())
     assert torch.equal(built.masks, direct.masks)
 

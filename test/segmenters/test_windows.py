@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ros2_ood_seg.segmenters.windows import MAX_ASPECT, POINT_SIGMA, Window, box_window, clip_box, cut_window, point_window, prompt_maps
+from ros2_ood_seg.segmenters.windows import MAX_ASPECT, Window, box_window, clip_box, cut_window, point_window, prompt_maps
 
 any_float = st.floats(allow_nan=True, allow_infinity=True, width=32)
 some_float = st.floats(-300, 300, width=32)
@@ -65,6 +65,18 @@ def test_windows_of_long_boxes_are_half_as_wide_as_long() -> None:
     assert box_window((10.0, 20.0, 70.0, 60.0)) == Window(-6, 8, 92, 64)
 
 
+def test_windows_end_at_the_next_whole_pixels() -> None:
+    # 91.72 px by 63.44 px around (40.2, 40.4).
+    assert box_window((10.3, 20.6, 70.1, 60.2)) == Window(-6, 8, 93, 65)
+
+
+def test_a_window_outside_the_image_holds_nothing_of_it() -> None:
+    assert Window(50, 3, 4, 5).clipped((20, 30)) == (slice(3, 8), slice(30, 30))
+    assert Window(-9, 3, 4, 5).clipped((20, 30)) == (slice(3, 8), slice(0, 0))
+    assert Window(3, 40, 4, 5).clipped((20, 30)) == (slice(20, 20), slice(3, 7))
+    assert Window(3, -9, 4, 5).clipped((20, 30)) == (slice(0, 0), slice(3, 7))
+
+
 def test_box_to_crop_and_back() -> None:
     window = Window(-10, 20, 40, 80)
     assert window.box_to_crop((-10, 20, 30, 100), 160) == (0, 0, 160, 160)
@@ -74,6 +86,7 @@ def test_box_to_crop_and_back() -> None:
 def test_a_point_window_is_centred_on_the_pixel() -> None:
     assert point_window(10, 20, 5) == Window(8, 18, 5, 5)
     assert point_window(10, 20, 0.3) == Window(10, 20, 1, 1)
+    assert point_window(10.2, 20.3, 5.6) == Window(8, 18, 6, 6)
 
 
 def test_cutting_at_the_same_size_copies_and_pads_with_grey() -> None:
@@ -96,9 +109,10 @@ def test_windows_over_the_upper_right_corner_are_padded_there() -> None:
 
 
 def test_shrinking_averages() -> None:
-    checks = ((torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255).to(torch.uint8)
-    crop = cut_window(checks[..., None].expand(-1, -1, 3), Window(0, 0, 64, 64), 16)
-    assert crop.abs().max() < 0.02
+    # One bright column and row in four: between the pixels next to the middle there would be none.
+    grid = (((torch.arange(64)[:, None] % 4 == 0) ^ (torch.arange(64) % 4 == 0)) * 255).to(torch.uint8)
+    crop = cut_window(grid[..., None].expand(-1, -1, 3), Window(0, 0, 64, 64), 16)
+    assert crop.mean().item() == pytest.approx(2 * 6 / 16 - 1, abs=0.02)
 
 
 def test_prompt_maps_cover_the_box_and_peak_at_the_point() -> None:
@@ -116,9 +130,7 @@ def test_prompt_maps_cover_the_box_and_peak_at_the_point() -> None:
 
 
 def test_the_point_map_falls_with_its_sigma_in_both_directions() -> None:
-    nan = float("nan")
-    side = round(2 / POINT_SIGMA)
-    at_point = prompt_maps(torch.full((1, 4), nan), torch.tensor([[20.5, 40.5]]), side)[0, 1]
-    for y, x, deviations in ((40, 22, 1.0), (40, 18, 1.0), (42, 20, 1.0), (38, 20, 1.0), (40, 24, 2.0), (44, 20, 2.0)):
-        # The side is rounded.
-        assert at_point[y, x].item() == pytest.approx(np.exp(-(deviations**2) / 2), rel=0.03)
+    # 3 % of the crop, with which the bundled weights were trained.
+    at_point = prompt_maps(torch.full((1, 4), float("nan")), torch.tensor([[20.5, 40.5]]), 100)[0, 1]
+    for y, x, deviations in ((40, 23, 1.0), (40, 17, 1.0), (43, 20, 1.0), (37, 20, 1.0), (40, 26, 2.0), (46, 20, 2.0)):
+        assert at_point[y, x].item() == pytest.approx(np.exp(-(deviations**2) / 2), rel=1e-4)

@@ -13,8 +13,11 @@ from ros2_ood_seg.config import ScorerConfig, load_profile
 from ros2_ood_seg.efficientnet import efficientnet_lite_features
 from ros2_ood_seg.errors import InputError, WeightsError
 from ros2_ood_seg.runtime import Runtime
-from ros2_ood_seg.scorers.compact import SCORES, CompactScorer, build, from_weights, score_of
-from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, STRIDE, CompactNet
+from ros2_ood_seg.scorers import functions
+from ros2_ood_seg.scorers.calibration import write_calibration
+from ros2_ood_seg.scorers.compact import SCORES, CompactScorer, build, from_weights
+from ros2_ood_seg.scorers.network import smooth
+from ros2_ood_seg.scorers.networks.compact import CLASS_NAMES, STRIDE, CompactNet, CompactOutput
 from ros2_ood_seg.types import Calibration
 from ros2_ood_seg.weights.store import WeightFile, save_weights
 from ros2_ood_seg.zoom import raise_to, window_at
@@ -34,8 +37,8 @@ def image() -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (70, 130, 3), dtype=np.uint8))
 
 
-def make(weights: WeightFile, **settings: object) -> CompactScorer:
-    return from_weights(weights, ScorerConfig(**{"input_width": 128, **settings}), CPU)
+def make(weights: WeightFile, runtime: Runtime = CPU, **settings: object) -> CompactScorer:
+    return from_weights(weights, ScorerConfig(**{"input_width": 128, **settings}), runtime)
 
 
 def test_scores_are_in_image_pixels_and_deterministic(weights: WeightFile, image: torch.Tensor) -> None:
@@ -48,7 +51,9 @@ def test_scores_are_in_image_pixels_and_deterministic(weights: WeightFile, image
     assert first.semantic is not None
     assert first.semantic.shape == (70, 130)
     assert first.semantic.dtype == torch.uint8
-    assert int(first.semantic.max()) < len(CLASS_NAMES)
+    classes = F.interpolate(scorer.logits(image).class_logits, size=(70, 130), mode="bilinear", align_corners=False)[0].argmax(0)
+    assert torch.equal(first.semantic, classes.to(torch.uint8))
+    assert make(weights, runtime=Runtime(torch.device("cpu"), torch.bfloat16))(image).scores.dtype == torch.float32
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -56,9 +61,47 @@ def test_each_score_has_its_own_calibration(weights: WeightFile, image: torch.Te
     scorer = make(weights, score=score)
     result = scorer(image)
     assert result.calibration == Calibration.from_dict(weights.metadata["calibrations"][score])
-    coarse = score_of(score, scorer.logits(image))
+    assert scorer.calibration_key == f"compact/{score}"
+    output = scorer.logits(image)
+    coarse = output.outlier_logit if score == "outlier" else getattr(functions, score)(output.class_logits)
     assert float(coarse.min()) - 1e-4 <= float(result.scores.min())
     assert float(result.scores.max()) <= float(coarse.max()) + 1e-4
+
+
+def test_a_temperature_is_that_of_the_energy(weights: WeightFile, image: torch.Tensor) -> None:
+    own = Calibration.linear(-9.0, 3.0)
+    config = ScorerConfig(input_width=128, score="energy", temperature=4.0)
+    scorer = from_weights(WeightFile(weights.path, weights.state, {}), config, CPU, own)
+    result = scorer(image)
+    assert result.calibration == own
+    coarse = functions.energy(scorer.logits(image).class_logits, 4.0)
+    torch.testing.assert_close(result.scores, F.interpolate(coarse[None], size=(70, 130), mode="bilinear", align_corners=False)[0, 0])
+    assert torch.equal(make(weights, score="msp", temperature=4.0)(image).scores, make(weights, score="msp")(image).scores)
+
+
+def test_calibrations_beside_the_weights_come_before_the_published_ones(weights: WeightFile, tmp_path: Path) -> None:
+    file = WeightFile(tmp_path / "own.safetensors", weights.state, {"calibrations": {"msp": Calibration.linear(0, 0.5).to_dict()}})
+    own = Calibration.linear(-2.0, 7.0)
+    write_calibration(file.path, "compact/entropy", own)
+    found = [make(file, score=score)._calibration for score in ("entropy", "msp", "outlier")]
+    assert found == [own, Calibration.linear(0, 0.5), Calibration.linear()]
+
+
+def test_weights_are_found_by_name_and_bundled_without_one(weights: WeightFile, tmp_path: Path) -> None:
+    path = tmp_path / "own.safetensors"
+    save_weights(path, weights.state, {**weights.metadata, "family": "compact_scorer"})
+    assert build(ScorerConfig(weights="own"), Runtime(torch.device("cpu"), weights_dir=tmp_path)).weights_path == path
+    assert build(ScorerConfig(), CPU).weights_path.name == "compact_scorer.safetensors"
+
+
+def test_the_road_that_ends_is_the_drivable_class(weights: WeightFile, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    roads: list[np.ndarray] = []
+    monkeypatch.setattr("ros2_ood_seg.scorers.compact.road_end", roads.append)
+    output = CompactOutput(torch.rand(1, len(CLASS_NAMES), 16, 24, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 16, 24))
+    scorer = make(weights)
+    monkeypatch.setattr(scorer, "logits", lambda image: output)
+    scorer(image)
+    assert np.array_equal(roads[0], output.class_logits[0].argmax(0).numpy() == CLASS_NAMES.index("drivable"))
 
 
 def test_default_score_is_the_weights_choice(weights: WeightFile, image: torch.Tensor) -> None:
@@ -78,11 +121,12 @@ def test_scores_lie_where_the_cause_is(weights: WeightFile) -> None:
     assert 190 <= x < 226
 
 
-def test_the_network_sees_whole_strides_and_no_border(weights: WeightFile) -> None:
-    scorer = make(weights, input_width=100, second_scale=1.0, coarse_scale=1.0)
-    image = torch.randint(0, 256, (83, 120, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(("width", "input_width", "size"), [(120, 100, (2 * STRIDE, 3 * STRIDE)), (96, 96, (3 * STRIDE, 3 * STRIDE))])
+def test_the_network_sees_whole_strides_and_no_border(weights: WeightFile, width: int, input_width: int, size: tuple[int, int]) -> None:
+    scorer = make(weights, input_width=input_width, second_scale=1.0, coarse_scale=1.0)
+    image = torch.randint(0, 256, (83, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     pixels = image.permute(2, 0, 1)[None].float()
-    resized = F.interpolate(pixels, size=(2 * STRIDE, 3 * STRIDE), mode="bilinear", antialias=True, align_corners=False)
+    resized = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
     net = CompactNet().eval()
     net.load_state_dict(weights.state)
     with torch.no_grad():
@@ -90,7 +134,7 @@ def test_the_network_sees_whole_strides_and_no_border(weights: WeightFile) -> No
     found = scorer.logits(image)
     torch.testing.assert_close(found.outlier_logit, expected.outlier_logit, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-3, atol=1e-4)
-    assert scorer(image).scores.shape == (83, 120)
+    assert scorer(image).scores.shape == (83, width)
 
 
 def test_further_looks_are_averaged_in(weights: WeightFile, image: torch.Tensor) -> None:
@@ -131,6 +175,7 @@ def test_a_picture_with_more_detail_is_looked_at_twice_where_the_road_ends(
         ({}, [128, 32, 64, 128]),
         ({"input_width": 64, "coarse_scale": 0.5, "second_scale": 2.0}, [64, 32, 128, 128]),
         ({"input_width": 224}, [224, 64, 128, 160]),
+        ({"input_width": 240}, [256, 64, 128, 160]),
         # The picture has no more detail than has been seen.
         ({"second_scale": 2.0}, [128, 32, 256]),
         ({"input_width": 0}, [288, 64, 160]),
@@ -150,17 +195,19 @@ def test_the_closer_look_is_no_wider_than_the_widest(
 
 
 def test_smoothing_flattens(weights: WeightFile, image: torch.Tensor) -> None:
-    plain, smooth = make(weights)(image).scores, make(weights, smoothing_px=15)(image).scores
-    assert smooth.shape == plain.shape
-    assert float(smooth.diff(dim=1).abs().mean()) < float(plain.diff(dim=1).abs().mean())
+    plain, flat = make(weights)(image).scores, make(weights, smoothing_px=15)(image).scores
+    torch.testing.assert_close(flat, smooth(plain, 15))
+    assert float(flat.diff(dim=1).abs().mean()) < float(plain.diff(dim=1).abs().mean())
     assert make(weights, smoothing_px=63)(image[:20, :30]).scores.shape == (20, 30)
 
 
 def test_refusals(weights: WeightFile, image: torch.Tensor, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"set scorer\.name to 'external'"):
         make(weights)(image, torch.zeros(70, 130))
-    with pytest.raises(WeightsError, match="no calibration for score 'outlier'"):
+    with pytest.raises(WeightsError, match="no calibration for score 'outlier', it has none"):
         make(WeightFile(weights.path, weights.state, {}))
+    with pytest.raises(WeightsError, match="has no score 'rba_tanh': use one of outlier, msp"):
+        make(weights, score="rba_tanh")
     with pytest.raises(WeightsError, match="calibrated for temperature 1"):
         make(weights, score="energy", temperature=2.0)
     broken = {**weights.state, "outlier_head.bias": torch.tensor([float("nan")])}
@@ -173,6 +220,13 @@ def test_refusals(weights: WeightFile, image: torch.Tensor, tmp_path: Path) -> N
     save_weights(other, {"conv.weight": torch.zeros(1)}, {})
     with pytest.raises(WeightsError, match="not of the family 'compact_scorer'"):
         build(ScorerConfig(weights=str(other)), CPU)
+
+
+def test_one_score_that_is_not_finite_is_enough(weights: WeightFile, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = make(weights)
+    monkeypatch.setattr(scorer, "_score_of", lambda output: torch.zeros(1, 70, 130).index_fill_(2, torch.tensor([7]), float("nan")))
+    with pytest.raises(InputError, match="gave 70 scores that are not finite"):
+        scorer(image)
 
 
 def test_fused_features_compute_what_torchvision_computes(tmp_path: Path) -> None:

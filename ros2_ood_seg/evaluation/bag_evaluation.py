@@ -399,7 +399,7 @@ class BagEvaluation:
             instance_rule: Where the ground-truth instances come from.
 
         Raises:
-            InputError: No frame was answered, or there are labels and none of them has the stamp of an image.
+            InputError: No frame was answered.
         """
         frames = sum(run.frames for run in runs)
         if not frames:

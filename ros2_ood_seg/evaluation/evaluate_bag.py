@@ -175,18 +175,20 @@ def _explain(runs: Sequence[BagRun], asked_for_labels: bool) -> None:
     """Says what could not be used.
 
     Raises:
-        InputError: A recording broke off, or labels were asked for and no frame had any.
+        InputError: Recordings broke off, or labels were asked for and no frame had any.
     """
+    broken = [f"{run.problem}; the report holds the {run.frames} frames before" for run in runs if run.broken]
     for run in runs:
-        if run.broken:
-            raise InputError(f"{run.problem}; the report holds the {run.frames} frames before")
-        if run.rejected:
+        # What is wrong with a broken one is that it is broken.
+        if run.rejected and not run.broken:
             print(
                 f"{run.name}: {run.rejected} frames could not be used, the first: {run.problem or 'see the log of the node'}",
                 file=sys.stderr,
             )
         if run.bad_labels:
             print(f"{run.bad_labels} labels could not be used, the first: {run.label_problem}", file=sys.stderr)
+    if broken:
+        raise InputError("; ".join(broken))
     if asked_for_labels and not any(run.labelled for run in runs):
         run = runs[0]
         if run.label_problem:

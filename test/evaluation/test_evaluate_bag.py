@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -278,15 +279,24 @@ def test_a_recording_that_breaks_off_leaves_report_results_and_clips(tmp_path, c
     assert (tmp_path / "clips/drive_0001.jpg").is_file()
 
 
-def test_a_recording_that_breaks_off_does_not_keep_the_others_from_being_evaluated(tmp_path, capsys):
-    with BagWriter(tmp_path / "broken") as bag:
-        write_frames(bag, tmp_path / "maps", range(6), range(2))
-        bag.write_raw("/front/image", "sensor_msgs/msg/Image", stamp(2), b"\x00\x01\x00\x00" + bytes(3))
-    with BagWriter(tmp_path / "whole") as bag:
-        write_frames(bag, tmp_path / "maps", range(6), range(4))
-    report = evaluate(tmp_path, "--bag", tmp_path / "broken", tmp_path / "whole", "--image-topic", "/front/image", code=2)
-    assert [b["frames"] for b in report["drive"]["bags"]] == [2, 4]
-    assert "broken' cannot be read" in capsys.readouterr().err
+def test_recordings_that_break_off_are_named_and_do_not_keep_the_others_from_being_evaluated(tmp_path, capsys):
+    image = typestore().types["sensor_msgs/msg/Image"]
+    for name, frames in (("broken", 2), ("short", 1), ("whole", 4)):
+        with BagWriter(tmp_path / name) as bag:
+            bag.write("/front/image", image(make_header(stamp(9), ""), 4, 4, "depth9", 0, 4, np.zeros(16, np.uint8)), stamp(0) - 1)
+            write_frames(bag, tmp_path / "maps", range(6), range(frames))
+            if name != "whole":
+                bag.write_raw("/front/image", "sensor_msgs/msg/Image", stamp(frames), b"\x00\x01\x00\x00" + bytes(3))
+    np.save(tmp_path / "maps" / f"{stamp(9)}.npy", np.zeros((4, 4)))
+    bags = [tmp_path / name for name in ("broken", "short", "whole")]
+    report = evaluate(tmp_path, "--bag", *bags, "--image-topic", "/front/image", code=2)
+    assert [b["frames"] for b in report["drive"]["bags"]] == [2, 1, 4]
+    assert report["timings_ms"]["total"]["p95"] > 0
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-2].startswith("whole: 1 frames could not be used")
+    assert f"frame {stamp(9)}: image encoding 'depth9'" in lines[-2]
+    for name, frames in (("broken", 2), ("short", 1)):
+        assert re.search(f"{name}' cannot be read: [^;]*; the report holds the {frames} frames before", lines[-1])
 
 
 def test_frames_that_cannot_be_used_are_counted_and_named(tmp_path, capsys):

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from ros2_ood_seg.cli import main
 from ros2_ood_seg.config import PipelineConfig
@@ -24,10 +26,12 @@ from ros2_ood_seg.evaluation import clips, evaluate_bag
 from ros2_ood_seg.evaluation.bag_evaluation import BagJob, BagRun, find_bags
 from ros2_ood_seg.evaluation.bag_messages import instances_from_message, make_header, typestore
 from ros2_ood_seg.evaluation.bag_writer import BagWriter
-from ros2_ood_seg.evaluation.bags import BagReader
+from ros2_ood_seg.evaluation.bags import BagImage, BagReader
 from ros2_ood_seg.evaluation.evaluate import Options
-from ros2_ood_seg.evaluation.results_bag import ResultsBag
+from ros2_ood_seg.evaluation.events import EventRule
+from ros2_ood_seg.evaluation.results_bag import INSTANCES_TOPIC, Answer, ResultsBag
 from ros2_ood_seg.pipeline import Pipeline
+from ros2_ood_seg.types import Instances
 
 HEIGHT, WIDTH = 64, 96
 START_NS, STEP_NS, LAG_NS = 1_700_000_000_000_000_000, 500_000_000, 20_000_000
@@ -135,6 +139,7 @@ def interrupt(root: Path, counter: Counter) -> None:
 def test_an_interrupted_evaluation_goes_on_with_the_recording_it_was_at(drives: Path, counter: Counter, capsys: Any) -> None:
     expected = figures(drives)
     interrupt(drives, counter)
+    assert [clip["drive"] for clip in json.loads((drives / "clips/clips.json").read_text())] == ["raw"]
     evaluate_drives(drives)
     assert counter.frames == 8
     assert "1 of 2 recordings were finished by an earlier run" in capsys.readouterr().err
@@ -186,6 +191,22 @@ def test_ray_workers_share_the_recordings_and_give_the_same_report_although_one_
     assert figures(drives) == expected
 
 
+def test_a_recording_is_remembered_as_it_was_and_counts_measured_frames_as_labelled() -> None:
+    run = BagRun("drive", Path("drive"), "/camera", ("/label",), Path("results.mcap"), 3)
+    image = BagImage("/camera", 5, "", 7, None, b"")
+    found = Instances.from_masks(torch.ones(2, 4, 4, dtype=torch.bool), torch.tensor([0.9, 0.5]), torch.zeros(2), torch.zeros(2))
+    found = dataclasses.replace(found, track_ids=torch.tensor([1, 2]))
+    for ms in (0.1, 0.3):
+        run.count(Answer(image, np.zeros((4, 4, 3), np.uint8), (image,), found, {"total": ms}, (), None))
+    run.reject("first")
+    run.reject("second")
+    assert (run.frames, run.labelled, run.instances, run.rejected, run.problem) == (2, 0, 4, 2, "first")
+    assert run.summary()["tracks"] == 2
+    again = BagRun.from_plain(json.loads(json.dumps(run.to_plain())))
+    assert again.to_plain() == run.to_plain()
+    assert again.label_topics == run.label_topics
+
+
 def test_every_frame_is_answered_and_those_with_labels_are_measured(drives):
     report = json.loads((drives / "out/report.json").read_text())
     assert (report["dataset"], report["images"]) == ("2 recordings", 8)
@@ -211,6 +232,7 @@ def test_results_bags_hold_frames_overlays_and_messages_at_the_times_of_the_reco
             assert {t.name: t.count for t in bag.topics} == dict.fromkeys(wanted, 8)
             assert {raw.time_ns for raw in bag.iter_raw()} == {stamp(k) + lag_ns for k in range(8)}
             assert [image.stamp_ns for image in bag.iter_images(f"{node}/overlay")] == [stamp(k) for k in range(8)]
+            assert [bag.message(raw).answered for raw in bag.iter_raw([f"{node}/timing"])] == list(range(1, 9))
             found = [instances_from_message(bag.message(raw), (HEIGHT, WIDTH)) for raw in bag.iter_raw([f"{node}/instances"])]
         assert [len(instances) > 0 for instances in found] == [k >= 3 for k in range(8)]
         assert len({int(track) for instances in found for track in instances.track_ids[:1]}) == 1, "one object, one track"
@@ -223,7 +245,7 @@ def test_clips_hold_what_was_recorded_around_the_event(drives):
     index = json.loads((drives / "clips/clips.json").read_text())
     assert [(clip["drive"], clip["bag"]) for clip in index] == [("raw", "raw_0001.mcap"), ("small", "small_0001.mcap")]
     for clip in index:
-        assert clip["start_s"] == pytest.approx(0.5, abs=LAG_NS / 1e9 + 1e-6)
+        assert clip["start_s"] == pytest.approx(0.5 + (LAG_NS / 1e9 if clip["drive"] == "small" else 0.0))
         assert clip["duration_s"] == pytest.approx(2.0)
         assert max(track["best_score"] for track in clip["tracks"]) > 0.2
         strip = cv2.imread(str(drives / "clips" / clip["picture"]))
@@ -299,6 +321,28 @@ def test_recordings_that_break_off_are_named_and_do_not_keep_the_others_from_bei
         assert re.search(f"{name}' cannot be read: [^;]*; the report holds the {frames} frames before", lines[-1])
 
 
+def test_instances_are_those_of_their_labels(tmp_path, capsys):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(8), range(5), every_label=1)
+        for k in range(5):
+            # Of the third and fourth frame, the instances do not fit the picture.
+            bag.write_image("/front/instance", scene(k, True)[1][: HEIGHT - 4 * (k > 1)] * 5, stamp(k))
+    arguments = ("--image-topic", "/front/image", "--label-topic", "/front/label", "--instance-topic", "/front/instance")
+    report = evaluate(tmp_path, "--bag", tmp_path / "drive", *arguments, "--max-images", 4)
+    (drive,) = report["drive"]["bags"]
+    assert (report["images"], drive["frames"], drive["labelled"], drive["instances"], drive["tracks"]) == (2, 4, 2, 4, 1)
+    assert [image["name"] for image in report["per_image"]] == [str(stamp(k)) for k in range(2)]
+    assert "topic /front/instance" in json.dumps(report)
+    assert "data:image/jpeg" in (tmp_path / "out/report.html").read_text()
+    assert "2 labels could not be used, the first: label of drive" in capsys.readouterr().err
+    # The results are a recording of their own, and no report of them replaces them.
+    results = (tmp_path / "out/report.mcap").read_bytes()
+    topic = "/ood_segmenter/overlay/compressed"
+    evaluate(tmp_path, "--bag", tmp_path / "out/report.mcap", "--image-topic", topic, code=2)
+    assert "would replace a recording" in capsys.readouterr().err
+    assert (tmp_path / "out/report.mcap").read_bytes() == results
+
+
 def test_frames_that_cannot_be_used_are_counted_and_named(tmp_path, capsys):
     with BagWriter(tmp_path / "drive") as bag:
         write_frames(bag, tmp_path / "maps", range(0), range(2))
@@ -371,6 +415,29 @@ def test_the_results_bag_replaces_results_and_no_other_bag(tmp_path, capsys):
     evaluate(tmp_path, *arguments)
 
 
+@pytest.mark.parametrize(
+    "topics",
+    [
+        {"/front/image": "jpeg"},
+        {"/front/image": "raw", INSTANCES_TOPIC: "header"},
+        {"/front/image": "jpeg", "/rear/image": "jpeg", INSTANCES_TOPIC: "header"},
+    ],
+)
+def test_what_other_bags_hold_is_not_replaced(tmp_path, topics):
+    with BagWriter(tmp_path / "drive") as bag:
+        write_frames(bag, tmp_path / "maps", range(0), range(1))
+    with BagWriter(tmp_path / "report.mcap") as bag:
+        for topic, kind in topics.items():
+            if kind == "header":
+                bag.write(topic, make_header(0, ""), 0)
+            else:
+                (bag.write_jpeg if kind == "jpeg" else bag.write_image)(topic, scene(0, False)[0], stamp(0), "front")
+    with pytest.raises(InputError, match=r"the results bag '.*report\.mcap' would replace a recording"):
+        find_bags([tmp_path / "drive"], tmp_path / "report.json", "/front/image", ())
+    (run,) = find_bags([tmp_path / "drive"], tmp_path / "report.json", "/front/image", (), "own.mcap")
+    assert run.results == tmp_path / "own.mcap"
+
+
 def test_a_frame_without_its_score_map_is_rejected_and_the_others_go_on(tmp_path, capsys):
     with BagWriter(tmp_path / "drive") as bag:
         write_frames(bag, tmp_path / "maps", range(8))
@@ -389,6 +456,46 @@ def test_recordings_that_an_earlier_run_finished_depend_on_their_score_maps(tmp_
     assert job.fingerprint() == before
     np.save(tmp_path / "maps" / f"{stamp(1)}.npy", np.zeros((HEIGHT, WIDTH + 1), np.float32))
     assert job.fingerprint() != before
+
+
+@pytest.mark.parametrize("storage", ["sqlite3", "mcap"])
+def test_recordings_that_an_earlier_run_finished_depend_on_how_and_of_what(tmp_path, storage):
+    with BagWriter(tmp_path / "drive", storage) as bag:
+        write_frames(bag, tmp_path / "maps", range(2), range(2))
+    (run,) = find_bags([tmp_path / "drive"], tmp_path / "report.json", "/front/image", ["/front/label"])
+    job = BagJob(PipelineConfig(), tmp_path / "report.json", Options(), (run,))
+    others = [
+        {"external": tmp_path},
+        {"most": 1},
+        {"clips": tmp_path},
+        {"rule": EventRule(min_frames=7)},
+        {"all_topics": True},
+        {"pictures": False},
+        {"replayed": "1.0 0.3"},
+        {"runs": (dataclasses.replace(run, label_topics=()),)},
+    ]
+    jobs = [job, *(dataclasses.replace(job, **other) for other in others)]
+    assert len({json.dumps(one.fingerprint()) for one in jobs}) == len(jobs)
+    before = job.fingerprint()
+    (file,) = (path for path in (tmp_path / "drive").iterdir() if path.suffix != ".yaml")
+    os.utime(file, ns=(0, 0))
+    assert job.fingerprint() != before
+
+
+def test_the_pixels_of_a_job_are_those_of_all_its_frames(tmp_path):
+    for name in ("one/drive", "two/drive"):
+        with BagWriter(tmp_path / name) as bag:
+            write_frames(bag, tmp_path / "maps", range(2), range(5))
+    bags = [tmp_path / "one/drive", tmp_path / "two/drive"]
+    runs = tuple(find_bags(bags, tmp_path / "report.json", "/front/image", ["/front/label"]))
+    assert [(run.name, run.results.name) for run in runs] == [("drive", "report.drive.mcap"), ("drive_", "report.drive_.mcap")]
+    job = BagJob(PipelineConfig(), tmp_path / "report.json", Options(), runs)
+    assert job.pixels() == 10 * HEIGHT * WIDTH
+    assert dataclasses.replace(job, most=3).pixels() == 6 * HEIGHT * WIDTH
+    assert dataclasses.replace(job, most=30).pixels() == 10 * HEIGHT * WIDTH
+    assert dataclasses.replace(job, runs=tuple(dataclasses.replace(run, label_topics=()) for run in runs)).pixels() == 0
+    shutil.rmtree(tmp_path / "one")
+    assert job.pixels() == 0, "the evaluation says why"
 
 
 def test_a_label_that_cannot_be_used_is_counted_and_the_others_go_on(tmp_path, capsys):
@@ -469,7 +576,7 @@ def test_clips_of_workers_that_no_index_lists_are_replaced_by_those_of_the_next_
 
 def test_clips_end_where_the_recording_breaks_off(tmp_path, monkeypatch, capsys):
     with BagWriter(tmp_path / "drive") as bag:
-        write_frames(bag, tmp_path / "maps", range(8))
+        write_frames(bag, tmp_path / "maps", range(8), raw=False)
     read = BagReader.iter_raw
 
     def broken(self: BagReader, topics: Any = (), start_ns: int | None = None, stop_ns: int | None = None) -> Any:
@@ -479,13 +586,18 @@ def test_clips_end_where_the_recording_breaks_off(tmp_path, monkeypatch, capsys)
                 raise InputError("the chunk is damaged")
             yield raw
 
-    monkeypatch.setattr(BagReader, "iter_raw", broken)
     arguments = ("--bag", tmp_path / "drive", "--image-topic", "/front/image", "--clips", tmp_path / "clips", *CLIPS, "--clip-after", "9")
+
+    def images_of_the_clip(report: dict[str, Any]) -> int:
+        (clip,) = report["drive"]["bags"][0]["clips"]
+        with BagReader(tmp_path / "clips" / clip["bag"]) as bag:
+            return len(list(bag.iter_images("/front/image")))
+
+    assert images_of_the_clip(evaluate(tmp_path, *arguments, "--max-images", 5)) == 8, "it goes on behind the last frame looked at"
+    monkeypatch.setattr(BagReader, "iter_raw", broken)
     report = evaluate(tmp_path, *arguments, code=2)
     assert "the chunk is damaged; the report holds the 5 frames before" in capsys.readouterr().err
-    (clip,) = report["drive"]["bags"][0]["clips"]
-    with BagReader(tmp_path / "clips" / clip["bag"]) as bag:
-        assert len(list(bag.iter_images("/front/image"))) == 5
+    assert images_of_the_clip(report) == 5
 
 
 def test_a_recording_that_cannot_be_read_is_not_replaced(tmp_path, capsys):

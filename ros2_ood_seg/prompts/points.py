@@ -193,7 +193,9 @@ def kmeans_points(candidates: Tensor, count: int, seed: int) -> Tensor:
     data = xy.cpu().numpy()
     cv2.setRNGSeed(seed)
     _, _, centres = cv2.kmeans(data, min(count, len(data)), None, _KMEANS_CRITERIA, 1, cv2.KMEANS_PP_CENTERS)
-    nearest = torch.cdist(torch.from_numpy(centres), torch.from_numpy(data)).argmin(dim=1)
+    # The faster matrix product takes squares of coordinates from one another, which leaves no digits for neighbouring pixels.
+    exact = "donot_use_mm_for_euclid_dist"
+    nearest = torch.cdist(torch.from_numpy(centres), torch.from_numpy(data), compute_mode=exact).argmin(dim=1)
     return xy[torch.from_numpy(np.unique(nearest)).to(xy.device)]
 
 

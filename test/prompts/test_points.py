@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -137,6 +140,26 @@ def test_grid_leaves_out_the_ignore_mask() -> None:
     points = POINT_PROMPTS.get("grid")(PointPromptsConfig(grid_side=8), CPU)(score_map(torch.zeros(90, 160)), ignore).points_xy
     assert len(points) == 32
     assert (points[:, 0] < 80).all()
+
+
+def test_kmeans_points_are_the_candidates_nearest_to_the_centres(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = torch.zeros((1000, 3900), dtype=torch.bool)
+    # Far from the origin, where squares of coordinates leave single precision the fewest digits.
+    candidates[900:990, 3700:3800] = torch.from_numpy(np.random.default_rng(0).random((90, 100)) < 0.3)
+    centres = []
+
+    def kmeans(*args: Any) -> Any:
+        found = cv2_kmeans(*args)
+        centres.append(found[2].astype(np.float64))
+        return found
+
+    cv2_kmeans = cv2.kmeans
+    monkeypatch.setattr(cv2, "kmeans", kmeans)
+    points = kmeans_points(candidates, 200, seed=0).numpy()
+    yx = np.argwhere(candidates.numpy())
+    least = np.array([((yx[:, ::-1] - centre) ** 2).sum(axis=1).min() for centre in centres[0]])
+    taken = np.array([((points - centre) ** 2).sum(axis=1).min() for centre in centres[0]])
+    np.testing.assert_allclose(taken, least, atol=1e-3)
 
 
 def test_kmeans_finds_separate_clusters() -> None:

@@ -178,7 +178,7 @@ class PixelCurve:
         return float(np.dot(self._gained(), self.precision) / self.positives)
 
     def ap_bounds(self) -> tuple[float, float] | None:
-        """Least and greatest AP that any order among equal scores could give: the error of :func:`pool` on coarsened scores."""
+        """What AP lies between in any order among equal scores, wider than it need be: the error of :func:`pool` on coarsened scores."""
         if not self.positives:
             return None
         gained = self._gained()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 
 from ros2_ood_seg.errors import WeightsError
+from ros2_ood_seg.segmenters.compact import load_network
 from ros2_ood_seg.segmenters.networks.compact import INPUT_CHANNELS, CompactNet, fold_batch_norm
 from ros2_ood_seg.weights import WeightFile, load_weights
 
@@ -47,14 +48,12 @@ def reference(net: CompactNet, crops: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_the_network_is_a_pyramid_with_an_iou_head() -> None:
     torch.manual_seed(0)
-    net = CompactNet().eval()
+    # In a network that has learnt nothing, hardly anything gets through to the deep layers.
+    net = load_network().eval()
     with torch.no_grad():
-        nn.init.normal_(net.prompt.weight)
-        # Masks that cover some of the crop, surely, so that every part counts.
-        net.mask.weight *= 30
         crops = torch.rand(2, INPUT_CHANNELS, 64, 96)
         for found, expected in zip(net(crops), reference(net, crops), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_image_alone_decides_before_training_and_the_first_blocks_stay_as_they_are() -> None:

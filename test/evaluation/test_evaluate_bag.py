@@ -147,7 +147,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_recording_it_was_at(drives: 
     assert not (drives / "out/report.parts").exists()
 
 
-@pytest.mark.parametrize("lost", ["out/report.raw.mcap", "clips/raw_0001.jpg"])
+@pytest.mark.parametrize("lost", ["out/report.raw.mcap", "clips/raw_0001.jpg", f"out/report.parts/raw_{stamp(2)}.part"])
 def test_what_an_earlier_run_finished_counts_only_while_all_of_it_is_there(drives: Path, counter: Counter, lost: str) -> None:
     expected = figures(drives)
     interrupt(drives, counter)

@@ -44,12 +44,15 @@ class ScoreCounts:
 
         Args:
             values: (K,) float32, finite, any order.
-            dropped_bits: Mantissa bits (0 to 22) that are cut off, towards zero, to make many values equal: 0 keeps the scores
+            dropped_bits: Mantissa bits (0 to 22) that are cut off, downwards, to make many values equal: 0 keeps the scores
                 exact, 12 leaves a relative resolution of 2**-11 and so bounds the number of distinct values.
         """
         if dropped_bits:
-            mask = np.uint32(0xFFFFFFFF << dropped_bits & 0xFFFFFFFF)
-            values = (values.view(np.uint32) & mask).view(np.float32)
+            dropped = np.uint32((1 << dropped_bits) - 1)
+            bits = values.view(np.uint32)
+            # Never upwards: what reaches a value when it is cut has to reach it as it was, or thresholds would mean something else.
+            cut = (np.where(values < 0, bits + dropped, bits) & ~dropped).view(np.float32)
+            values = np.maximum(cut, np.finfo(np.float32).min)
         result = cls(np.sort(values))
         distinct = np.count_nonzero(result.values[1:] != result.values[:-1]) + 1
         return cls(*result.distinct()) if 2 * distinct <= values.size else result

@@ -169,6 +169,27 @@ def test_coarse_scores_bound_the_exact_ap() -> None:
     assert coarse.ap() == pytest.approx(exact, abs=2e-3)
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_the_threshold_of_coarse_scores_is_one_of_the_exact_ones(sign: float) -> None:
+    rng = np.random.default_rng(5)
+    label = (rng.uniform(size=20_000) < 0.1).astype(np.uint8)
+    # As masks of one score each, none of which the bits that stay can hold.
+    scores = sign * rng.choice([0.3, 0.7, 1.7], size=label.size) + 2.1 * label.astype(np.float32) * (rng.uniform(size=label.size) < 0.8)
+    scores = (scores - 3.0 * (sign < 0)).astype(np.float32)
+    coarse = pool([ScoreCounts.from_values(scores[label == 1], 12)], [ScoreCounts.from_values(scores[label == 0], 12)])
+    best = coarse.best_f1()
+    assert best is not None
+    predicted = scores >= np.float32(best[1])
+    f1 = 2 * np.count_nonzero(predicted & (label == 1)) / (np.count_nonzero(predicted) + np.count_nonzero(label))
+    assert best[0] == pytest.approx(f1)
+
+
+def test_coarse_scores_stay_finite() -> None:
+    ends = np.array([np.finfo(np.float32).min, np.finfo(np.float32).max], np.float32)
+    for bits in (1, 12, 22):
+        assert np.isfinite(ScoreCounts.from_values(ends, bits).values).all()
+
+
 def test_a_thinned_curve_keeps_the_ends() -> None:
     rng = np.random.default_rng(0)
     label = (rng.uniform(size=5000) < 0.5).astype(np.uint8)

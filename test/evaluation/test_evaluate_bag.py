@@ -303,16 +303,19 @@ def test_a_recording_that_breaks_off_leaves_report_results_and_clips(tmp_path, c
 
 def test_recordings_that_break_off_are_named_and_do_not_keep_the_others_from_being_evaluated(tmp_path, capsys):
     image = typestore().types["sensor_msgs/msg/Image"]
-    for name, frames in (("broken", 2), ("short", 1), ("whole", 4)):
+    for name, frames in (("broken", range(2)), ("short", range(1)), ("whole", range(20, 24))):
         with BagWriter(tmp_path / name) as bag:
             bag.write("/front/image", image(make_header(stamp(9), ""), 4, 4, "depth9", 0, 4, np.zeros(16, np.uint8)), stamp(0) - 1)
-            write_frames(bag, tmp_path / "maps", range(6), range(frames))
+            write_frames(bag, tmp_path / "maps", frames, frames)
             if name != "whole":
-                bag.write_raw("/front/image", "sensor_msgs/msg/Image", stamp(frames), b"\x00\x01\x00\x00" + bytes(3))
+                bag.write_raw("/front/image", "sensor_msgs/msg/Image", stamp(frames.stop), b"\x00\x01\x00\x00" + bytes(3))
     np.save(tmp_path / "maps" / f"{stamp(9)}.npy", np.zeros((4, 4)))
     bags = [tmp_path / name for name in ("broken", "short", "whole")]
     report = evaluate(tmp_path, "--bag", *bags, "--image-topic", "/front/image", code=2)
     assert [b["frames"] for b in report["drive"]["bags"]] == [2, 1, 4]
+    with BagReader(tmp_path / "out/report.whole.mcap") as bag:
+        found = [instances_from_message(bag.message(raw), (HEIGHT, WIDTH)) for raw in bag.iter_raw([INSTANCES_TOPIC])]
+    assert {int(track) for instances in found for track in instances.track_ids} == {1}, "tracks of another drive are none of this one's"
     assert report["timings_ms"]["total"]["p95"] > 0
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-2].startswith("whole: 1 frames could not be used")

@@ -6,6 +6,7 @@ import os
 import pkgutil
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 import ros2_ood_seg
+from ros2_ood_seg import cli
 from ros2_ood_seg.config import load_profile, profile_names
 from ros2_ood_seg.fusion import FUSIONS
 from ros2_ood_seg.prompts import BOX_PROMPTS, POINT_PROMPTS
@@ -101,6 +103,35 @@ def test_messages_keep_their_fixed_fields() -> None:
 def test_the_settings_document_is_what_the_code_says() -> None:
     document = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert settings_markdown(load_profile("compact")) in document, "run: ood-seg settings --markdown, and put it into docs/settings.md"
+
+
+PLACEHOLDERS = {"BENCHMARK --dataset NAME": "smiyc --dataset lost_and_found", "--scorer NAME": "--scorer compact", "WHAT": "scorers"}
+
+
+def documented_commands(document: Path) -> list[str]:
+    """The ``ood-seg`` commands in its code blocks, and those in its sentences that have two options or more."""
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^ *(ood-seg .*)$", text, re.MULTILINE)
+    return blocks + [command for command in re.findall(r"`(ood-seg [^`\n]+)`", text) if command.count(" --") > 1]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "ros2_ood_seg" / "weights").glob("*.md"))],
+    ids=lambda path: path.name,
+)
+def test_documented_commands_are_complete(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in documented_commands(document):
+        written = re.sub(r"\.\.\.|…|\$[A-Z]+|\|[a-z|-]+", "", command)
+        for placeholder, example in PLACEHOLDERS.items():
+            written = written.replace(placeholder, example)
+        arguments = shlex.split(written, comments=True)[1:]
+        if "--help" in arguments:
+            continue
+        try:
+            cli.build_parser(arguments[0]).parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"{command}: {capsys.readouterr().err}")
 
 
 def test_processes_that_the_command_starts_can_import_its_script() -> None:

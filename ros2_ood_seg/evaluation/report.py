@@ -202,7 +202,17 @@ def _precision_recall(curve: pixel.PixelCurve) -> dict[str, list[float]]:
     }
 
 
-PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "opencv-python", "scipy", "segment-anything", "transformers")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "opencv-python-headless",
+    "opencv-python",
+    "scipy",
+    "segment-anything",
+    "transformers",
+    "openvino",
+)
 
 
 def versions() -> dict[str, str]:

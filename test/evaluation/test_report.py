@@ -12,10 +12,11 @@ import pytest
 from numpy.typing import NDArray
 
 from ros2_ood_seg.config import load_profile
+from ros2_ood_seg.engines import openvino_installed
 from ros2_ood_seg.evaluation.component import Minimum
 from ros2_ood_seg.evaluation.datasets import LabelledImage
 from ros2_ood_seg.evaluation.measure import Maps, measure
-from ros2_ood_seg.evaluation.report import RULES, build_report
+from ros2_ood_seg.evaluation.report import RULES, build_report, versions
 from ros2_ood_seg.evaluation.report_page import report_html
 from ros2_ood_seg.evaluation.store import PartStore
 from ros2_ood_seg.evaluation.totals import RELIABILITY_BINS, SIZE_EDGES_PX, Totals
@@ -186,6 +187,11 @@ def test_edge_cases_have_figures(tmp_path: Path, case: str) -> None:
         seen = text_of(report_html(report, store.picture).split("<details>")[0])
         assert "none with labelled anomalies" in seen
         assert not re.search(r"\b(None|nan)\b", seen)
+
+
+@pytest.mark.skipif(not openvino_installed(), reason="openvino is not installed")
+def test_versions_name_what_ran_the_networks() -> None:
+    assert {"torch", "openvino"} <= set(versions())
 
 
 def test_the_page_lists_everything(totals: Totals, tmp_path: Path) -> None:

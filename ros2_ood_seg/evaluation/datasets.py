@@ -296,7 +296,9 @@ def _folder(root: Path) -> DataSet:
     sources = _paired(
         images, lambda stem: root / "labels" / f"{stem}.png", (lambda stem: root / "instances" / f"{stem}.png") if with_instances else None
     )
-    obstacle = any(word in root.resolve().name.lower() for word in ("obstacle", "lost"))
+    # The name that was given, which a link may have for itself, and that of where it leads.
+    names = {os.path.basename(os.path.abspath(root)).lower(), root.resolve().name.lower()}
+    obstacle = any(word in name for name in names for word in ("obstacle", "lost"))
     rule = "files in instances/; anomalous pixels without an id are ignored" if with_instances else COMPONENT_RULE
     return DataSet("folder", root, sources, track="obstacle" if obstacle else "anomaly", instance_rule=rule)
 

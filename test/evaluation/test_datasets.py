@@ -129,6 +129,15 @@ def test_folder_reads_instances_in_order_of_stems(tmp_path: Path) -> None:
 def test_the_track_of_a_folder_follows_its_name(tmp_path: Path) -> None:
     plain(tmp_path / "road_obstacle_21")
     assert open_dataset("folder", tmp_path / "road_obstacle_21").track == "obstacle"
+    (tmp_path / "linked").symlink_to(tmp_path / "road_obstacle_21")
+    assert open_dataset("folder", tmp_path / "linked").track == "obstacle"
+
+
+def test_a_link_may_have_the_name_that_says_the_track(tmp_path: Path) -> None:
+    plain(tmp_path / "v1")
+    (tmp_path / "lost_and_found").symlink_to(tmp_path / "v1")
+    assert open_dataset("folder", tmp_path / "v1").track == "anomaly"
+    assert open_dataset("folder", tmp_path / "lost_and_found").track == "obstacle"
 
 
 def test_real_folders_hold_what_their_readme_says(shared_dir: Path) -> None:

@@ -440,7 +440,10 @@ def describe_allowed(setting: Setting) -> str:
 def _closest(key: str, known: Mapping[str, Setting]) -> str:
     import difflib
 
-    near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
+    # A misspelt group is one as deep.
+    depth = key.count(".") + 1
+    groups = {".".join(name.split(".")[:depth]) for name in known if name.count(".") >= depth}
+    near = difflib.get_close_matches(key, [*sorted(groups - {key}), *known], n=3, cutoff=0.5)
     if near:
         return "did you mean " + " or ".join(near) + "?"
     group = key.rsplit(".", 1)[0] + "."

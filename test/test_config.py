@@ -114,6 +114,8 @@ def test_a_file_may_extend_a_bundled_profile(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("fusion:\n  colour: red\n", "unknown setting 'fusion.colour'"),
+        ("promts:\n  points:\n    count: 30\n", "unknown setting 'promts': did you mean prompts or"),
+        ("prompts:\n  point:\n    count: 30\n", "unknown setting 'prompts.point': did you mean prompts.points or"),
         ("fusion: 3\n", "'fusion' is 3, allowed: a group of settings"),
         ("- 1\n- 2\n", "must be a mapping of settings, got list"),
         ("fusion: {name: [\n", "cannot be read"),

@@ -252,7 +252,7 @@ class RuntimeConfig(_Settings):
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="'auto' (CUDA when there is one), 'cpu', 'cuda' or 'cuda:N'",
+        description="'auto' (CUDA where torch can compute on it), 'cpu', 'cuda' or 'cuda:N'",
         json_schema_extra={"allowed": "text (auto, cpu, cuda, cuda:N)"},
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(

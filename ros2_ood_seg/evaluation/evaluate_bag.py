@@ -179,7 +179,7 @@ def _explain(runs: Sequence[BagRun], asked_for_labels: bool) -> None:
     """
     broken = [f"{run.problem}; the report holds the {run.frames} frames before" for run in runs if run.broken]
     for run in runs:
-        # What is wrong with a broken one is that it is broken.
+        # The problem of a broken one is why it broke off, which is said below.
         if run.rejected and not run.broken:
             print(
                 f"{run.name}: {run.rejected} frames could not be used, the first: {run.problem or 'see the log of the node'}",
